@@ -1,0 +1,70 @@
+"""Everything Kvilt raises on purpose.
+
+KviltError
+├── UserError               something the caller gave is wrong; nothing was lost
+│   ├── SpecError           an unknown name or a malformed "name:key=value"
+│   ├── DocumentError       a document that cannot be read or is empty
+│   ├── PromptError         a question or prompt that cannot be answered
+│   ├── ModelError          a model Kvilt cannot serve exactly
+│   ├── WrapperError        learned vectors that do not belong to this model
+│   └── MissingExtra        an optional package is not installed
+└── StoreError              a cache store failed
+    ├── DamagedCache        a stored document is truncated, altered or foreign
+    └── StoreUnavailable    the store cannot be read or written (full, read-only, gone)
+
+A message says what, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class KviltError(Exception):
+    """Base of all errors Kvilt raises on purpose."""
+
+
+class UserError(KviltError):
+    """Something the caller gave is wrong."""
+
+
+class SpecError(UserError):
+    """An unknown name or a malformed specification string."""
+
+
+class DocumentError(UserError):
+    """A document that cannot be read or is empty."""
+
+
+class PromptError(UserError):
+    """A question or prompt that cannot be answered."""
+
+
+class ModelError(UserError):
+    """A model that Kvilt cannot serve exactly."""
+
+
+class WrapperError(UserError):
+    """Learned vectors that do not belong to this model."""
+
+
+class MissingExtra(UserError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'kvilt[{extra}]'")
+
+
+class StoreError(KviltError):
+    """A cache store failed."""
+
+
+class DamagedCache(StoreError):
+    """A stored document is truncated, altered or foreign; it is never served."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"stored document {key[:16]} is damaged: {reason}")
+        self.key = key
+        self.reason = reason
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be read or written."""

@@ -1,0 +1,194 @@
+"""The plan of a prompt: what is reused, what is computed, and where each token stands."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvilt.types import DocumentCache, Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of consecutive positions; `fresh` marks the tokens to compute, the others come from the cache."""
+
+    tokens: Tensor  # (length,) int64, below zero: learned vectors
+    start: int
+    cache: DocumentCache | None = None
+    fresh: Tensor | None = None  # (length,) bool
+    name: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @functools.cached_property
+    def stored(self) -> Tensor:
+        """Which places have a row in the cache, (length,) bool."""
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        if self.cache is not None:
+            mask[self.cache.offsets] = True
+        return mask
+
+    @functools.cached_property
+    def computed(self) -> Tensor:
+        """Which places are computed, (length,) bool."""
+        if self.fresh is not None:
+            return self.fresh
+        return torch.full((self.length,), self.cache is None)
+
+    @functools.cached_property
+    def reused(self) -> Tensor:
+        """Which places are reused, (length,) bool; a pruned place is neither reused nor computed."""
+        return self.stored & ~self.computed
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """The places that have a row when the plan is run, ascending."""
+        return (self.stored | self.computed).nonzero()[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A plan as one ordinary forward pass: the definition of right, and what trainers train under."""
+
+    tokens: Tensor  # (rows,) int64
+    positions: Tensor  # (rows,) int64, below zero where a dropped prefix stood
+    mask: Tensor  # (rows, rows) bool: row may see column
+    computed: Tensor  # rows that the plan computes
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One prompt, ready to run.
+
+    Every segment's rows lie in the order of the segments; a computed token sees every row whose position is not later.
+    """
+
+    segments: tuple[Segment, ...]
+    baseline: int  # tokens of the ordinary prompt, which full recompute would compute
+    learned: Tensor | None = None  # (vectors, hidden): the learned vectors that negative ids name
+    overhead: float = 0.0  # what probing has cost already, in units of full recompute
+
+    @property
+    def end(self) -> int:
+        """The first free position: where the answer begins."""
+        return max(s.start + s.length for s in self.segments)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Position of every row, (rows,)."""
+        return torch.cat([s.start + s.places for s in self.segments])
+
+    @functools.cached_property
+    def bases(self) -> list[int]:
+        """First row of every segment."""
+        sizes = [0, *(len(s.places) for s in self.segments)]
+        return torch.tensor(sizes).cumsum(0)[:-1].tolist()
+
+    @functools.cached_property
+    def computed_rows(self) -> Tensor:
+        """Rows that the pass computes, ascending, (computed,)."""
+        return torch.cat([s.computed[s.places] for s in self.segments]).nonzero()[:, 0]
+
+    @functools.cached_property
+    def computed_tokens(self) -> Tensor:
+        """Tokens that the pass computes, in row order, (computed,)."""
+        return torch.cat([s.tokens[s.computed] for s in self.segments])
+
+    @property
+    def reused_count(self) -> int:
+        """Tokens whose keys and values are reused."""
+        return len(self.positions) - len(self.computed_rows)
+
+    @functools.cached_property
+    def is_suffix(self) -> bool:
+        """Whether every computed token stands after every reused one, in rows and in position.
+
+        Then ordinary causal attention will do: no mask, any flash kernel, any engine with prefix injection."""
+        first = int(self.computed_rows[0])
+        reused, computed = self.positions[:first], self.positions[first:]
+        in_order = len(computed) == len(self.computed_rows) and bool((computed.diff() > 0).all())
+        return in_order and (first == 0 or int(reused.max()) < int(computed[0]))
+
+    def visible(self) -> Tensor:
+        """Which rows each computed token sees, (computed, rows) bool."""
+        return self.positions[None] <= self.positions[self.computed_rows][:, None]
+
+    def charged(self, linear: float = math.inf) -> float:
+        """Compute in units of full recompute, probes included.
+
+        `linear` is the cost of a token's matrices in units of attending to one key (`ModelInfo.linear_cost`);
+        infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline)."""
+        computed = len(self.computed_rows)
+        if math.isinf(linear):
+            return self.overhead + computed / self.baseline
+        seen = float(torch.searchsorted(self.positions.sort().values, self.positions[self.computed_rows], right=True).sum())
+        full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
+        return self.overhead + (computed * linear + seen) / full
+
+    def dense(self) -> Dense:
+        """The plan as one pass: each reused document once as it was encoded, plus every computed token."""
+        rows = [part for i, s in enumerate(self.segments) for part in _dense_rows(i, s)]
+        tokens, positions, segment, encoded, shown = (torch.cat(column) for column in zip(*rows, strict=True))
+        order = torch.arange(len(tokens))
+        own = encoded[:, None] & encoded[None] & (segment[:, None] == segment[None]) & (order[None] <= order[:, None])
+        live = ~encoded[:, None] & shown[None] & (positions[None] <= positions[:, None])
+        return Dense(tokens, positions, own | live, (~encoded).nonzero()[:, 0])
+
+    def dense_mask(self) -> Tensor:
+        """The mask of `dense()`, (rows, rows) bool; every row sees itself."""
+        return self.dense().mask
+
+
+def _dense_rows(index: int, s: Segment) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Columns (token, position, segment, encoded?, shown to computed tokens?) of one segment."""
+    parts = []
+    if s.cache is not None and s.reused.any():
+        places = torch.arange(len(s.cache.tokens)) - s.cache.dropped
+        inside = (places >= 0) & (places < s.length)
+        shown = torch.zeros(len(places), dtype=torch.bool)
+        shown[inside] = s.reused[places[inside]]
+        parts.append((s.cache.tokens, s.start + places, torch.ones_like(shown), shown))
+    if s.computed.any():
+        at = s.computed.nonzero()[:, 0]
+        no, yes = torch.zeros(len(at), dtype=torch.bool), torch.ones(len(at), dtype=torch.bool)
+        parts.append((s.tokens[at], s.start + at, no, yes))
+    return [(t, p, torch.full_like(p, index), e, v) for t, p, e, v in parts]
+
+
+class Layout:
+    """Builds a plan from left to right."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.segments: list[Segment] = []
+        self.at = 0
+
+    def reuse(self, cache: DocumentCache, fresh: Tensor | None = None, at: int | None = None, name: str = "document") -> Layout:
+        """Place a document's cache at `at` (default: after what is there); `fresh` marks places to compute instead."""
+        usable = cache if cache.layers is not None else None
+        start = self.at if at is None else at
+        return self._add(Segment(cache.placed_tokens, start, usable, fresh if usable else None, name))
+
+    def compute(self, tokens: Tensor, at: int | None = None, name: str = "tokens") -> Layout:
+        """Compute tokens at `at` (default: after what is there)."""
+        return self._add(Segment(tokens, self.at if at is None else at, name=name)) if len(tokens) else self
+
+    def ask(self) -> Layout:
+        """Compute the question after everything else."""
+        return self.compute(self.prompt.question, name="question")
+
+    def _add(self, segment: Segment) -> Layout:
+        self.segments.append(segment)
+        self.at = max(self.at, segment.start + segment.length)
+        return self
+
+    def plan(self, learned: Tensor | None = None, overhead: float = 0.0) -> Plan:
+        """The finished plan."""
+        return Plan(tuple(self.segments), self.prompt.size, learned, overhead)
+

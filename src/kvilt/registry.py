@@ -1,0 +1,94 @@
+"""One lazy table: name -> "module:Class", and the spec strings that name and configure them: "kvlink:links=5"."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import typing
+from importlib.metadata import entry_points
+
+from kvilt.errors import SpecError
+
+TABLE: dict[str, dict[str, str]] = {
+    "strategy": {
+        "full": "kvilt.strategies.full:FullRecompute",
+        "block": "kvilt.strategies.block:BlockAttention",
+        "naive": "kvilt.strategies.naive:Naive",
+        "kvlink": "kvilt.strategies.kvlink:KVLink",
+        "kv_packet": "kvilt.strategies.kv_packet:KVPacket",
+        "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
+        "epic": "kvilt.strategies.epic:Epic",
+    },
+    "store": {
+        "memory": "kvilt.stores.memory:MemoryStore",
+        "disk": "kvilt.stores.disk:DiskStore",
+        "tiered": "kvilt.stores.tiered:TieredStore",
+    },
+}
+
+
+def names(kind: str) -> dict[str, str]:
+    """Every name of a kind with its "module:Class", third-party entry points (group "kvilt.<kind>") included."""
+    found = {e.name: e.value for e in entry_points(group=f"kvilt.{kind}")}
+    return {**found, **TABLE[kind]}
+
+
+def load(kind: str, name: str) -> type:
+    """The class behind a name."""
+    table = names(kind)
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SpecError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(table))}.")
+    module, _, attribute = table[name].partition(":")
+    return typing.cast(type, getattr(importlib.import_module(module), attribute))
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """Split "name:key=value,key=value"."""
+    name, _, rest = spec.partition(":")
+    options: dict[str, str] = {}
+    for pair in filter(None, rest.split(",")):
+        key, eq, value = pair.partition("=")
+        if not eq or not key.strip():
+            raise SpecError(f"bad option {pair!r} in {spec!r}: write name:key=value,key=value.")
+        options[key.strip()] = value.strip()
+    return name.strip(), options
+
+
+def build(kind: str, spec: str) -> object:
+    """Make the object that a spec string describes."""
+    name, options = parse(spec)
+    cls = load(kind, name)
+    known = _parameters(cls)
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SpecError(f"{kind} {name!r} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}.")
+    try:
+        return cls(**{key: _convert(value, known[key], f"{name}:{key}") for key, value in options.items()})
+    except TypeError as error:
+        raise SpecError(f"cannot build {kind} {spec!r}: {error}.") from error
+
+
+def _parameters(cls: type) -> dict[str, object]:
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
+    return {p: hints.get(p, str) for p in inspect.signature(cls).parameters if not p.startswith("_")}
+
+
+def _convert(value: str, hint: object, where: str) -> object:
+    options = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    if bool in options and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return value.lower() in ("true", "yes", "1")
+    for kind in (int, float):
+        if kind in options:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if str in options or not {int, float, bool} & set(options):
+        return value
+    raise SpecError(f"option {where} wants {hint}, not {value!r}.")

@@ -1,0 +1,222 @@
+"""The nouns: documents, their caches, and the plan of a prompt. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+Which = Literal["keys", "values"]
+
+
+def digest_of(*parts: bytes | str | Tensor) -> str:
+    """A BLAKE3 content digest (64 hex digits); every part is length-prefixed, so no two lists of parts collide."""
+    hasher = blake3()
+    for part in parts:
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous().flatten()  # flat first: a 0-d tensor cannot change its item size
+            part = flat.view(torch.uint8).numpy().tobytes()
+        data = part.encode() if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that can stand in any prompt. With `store=False` it is computed in every prompt and never stored."""
+
+    text: str
+    title: str | None = None
+    id: str | None = None
+    store: bool = True
+
+    @property
+    def content(self) -> str:
+        """The text as the model reads it: title line (if any), text, newline."""
+        return f"{self.title}\n{self.text}\n" if self.title else f"{self.text}\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """What stands around a document while it is encoded, and whether its rows are kept.
+
+    Ids below zero are learned vectors: id -1 is row 0 of `learned`, id -2 row 1, and so on.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    keep: bool = False
+    learned: Tensor | None = None  # (vectors, hidden)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Content digest of everything that shapes the document's cache."""
+        frame = json.dumps([self.before, self.after, self.keep])
+        return digest_of(frame, b"" if self.learned is None else self.learned.float())
+
+    def run(self, ids: Tensor) -> Tensor:
+        """All tokens of one encoding pass, (before + ids + after,)."""
+        return torch.cat([torch.tensor(self.before, dtype=torch.long), ids, torch.tensor(self.after, dtype=torch.long)])
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """A content address over what was *run*; two documents share a key only if their caches are the same."""
+
+    model: str  # digest of the weights, adapters included
+    tokenizer: str
+    rope: str
+    dtype: str
+    encoding: str
+    compression: str
+    tokens: str  # digest of the document's token ids
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The key as 64 hex digits; file names and indexes use it."""
+        return digest_of(json.dumps(asdict(self), sort_keys=True))
+
+
+class Layers(Protocol):
+    """Keys and values of one document, layer by layer, wherever they lie."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(layers, heads, rows, head_dim)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that `fetch` returns."""
+
+    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
+        """The (heads, rows, head_dim) rows of one layer, written into `out` if given.
+
+        Without `out` the result may be shared storage or a buffer that the next call overwrites: read it, do not keep it.
+        Raises DamagedCache if what is stored is not what was written."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorLayers:
+    """Keys and values held in memory."""
+
+    keys: tuple[Tensor, ...]  # per layer (heads, rows, head_dim)
+    values: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        heads, rows, dim = self.keys[0].shape
+        return len(self.keys), heads, rows, dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
+        rows = (self.keys if which == "keys" else self.values)[layer]
+        return rows if out is None else out.copy_(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentCache:
+    """Keys and values of one document, keys rotated as if the document began at position 0.
+
+    `tokens` holds every token that was run; the first `dropped` of them stood before the document and left no rows.
+    `offsets` names the place of each kept row, so pruned caches need no special case anywhere.
+    `layers` is None when the document was tokenised only (full recompute, `store=False`).
+    """
+
+    tokens: Tensor  # (run,) int64
+    offsets: Tensor  # (rows,) int64, ascending
+    length: int  # positions the document takes in a prompt
+    key: CacheKey
+    layers: Layers | None = None
+    dropped: int = 0
+
+    @property
+    def placed_tokens(self) -> Tensor:
+        """The token at each place of the document, (length,)."""
+        return self.tokens[self.dropped : self.dropped + self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key and value rows."""
+        if self.layers is None:
+            return 0
+        count, heads, rows, dim = self.layers.shape
+        return 2 * count * heads * rows * dim * self.layers.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a strategy may know of a model: numbers and ids, never weights."""
+
+    digest: str  # of the weights
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    linear_cost: float  # FLOPs of a token's matrices / FLOPs of attending to one key
+    system: tuple[int, ...] = ()  # the tokens in front of the documents
+    sink: int | None = None  # BOS, or what serves as one
+    reserved: tuple[int, ...] = ()  # reserved special tokens of the tokenizer, in order
+    embedding_stats: tuple[float, float] = (0.0, 0.02)
+    directory: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """System text, documents and question, tokenised, with the caches that were found or made."""
+
+    system: DocumentCache
+    documents: tuple[DocumentCache, ...]
+    question: Tensor  # (tokens,) int64
+    names: tuple[str, ...] = ()  # document ids, for strategies with named slots
+
+    @property
+    def size(self) -> int:
+        """Tokens of the ordinary prompt: what full recompute would compute."""
+        documents = sum(len(d.placed_tokens) - _added(d.placed_tokens) for d in self.documents)
+        return self.system.length + documents + len(self.question)
+
+
+def _added(tokens: Tensor) -> int:
+    return int((tokens < 0).sum())
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one answer took. Times in seconds, `charged` in units of full recompute."""
+
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    charged: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    damaged: int = 0
+    bytes_loaded: int = 0
+    ttft_s: float = 0.0
+    steps_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A generated text and what it took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    usage: Usage
+    strategy: str
+    logits: Tensor | None = None  # (vocab,) of the first token, float32
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for `--json` and HTTP."""
+        return {"text": self.text, "strategy": self.strategy, "usage": asdict(self.usage)}
+
+
