@@ -26,6 +26,19 @@ TABLE: dict[str, dict[str, str]] = {
         "disk": "kvilt.stores.disk:DiskStore",
         "tiered": "kvilt.stores.tiered:TieredStore",
     },
+    "task": {
+        "nq": "kvilt.evaluate.tasks.nq:NaturalQuestions",
+        "2wiki": "kvilt.evaluate.tasks.two_wiki:TwoWiki",
+        "triviaqa": "kvilt.evaluate.tasks.triviaqa:TriviaQA",
+        "hotpotqa": "kvilt.evaluate.tasks.hotpotqa:HotpotQA",
+        "musique": "kvilt.evaluate.tasks.musique:MuSiQue",
+        "qa": "kvilt.evaluate.tasks.qa:FileQA",
+        "multinews": "kvilt.evaluate.tasks.multinews:MultiNews",
+        "samsum": "kvilt.evaluate.tasks.samsum:SAMSum",
+        "niah": "kvilt.evaluate.tasks.niah:NeedleInAHaystack",
+        "biography": "kvilt.evaluate.tasks.biography:Biography",
+        "babi": "kvilt.evaluate.tasks.babi:Babi",
+    },
 }
 
 
@@ -75,8 +88,10 @@ def build(kind: str, spec: str) -> object:
 
 
 def _parameters(cls: type) -> dict[str, object]:
+    """Options of a class and their types; dataclass fields kept out of the repr are not options."""
     hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
-    return {p: hints.get(p, str) for p in inspect.signature(cls).parameters if not p.startswith("_")}
+    hidden = {f.name for f in dataclasses.fields(cls) if not f.repr} if dataclasses.is_dataclass(cls) else set()
+    return {p: hints.get(p, str) for p in inspect.signature(cls).parameters if not p.startswith("_") and p not in hidden}
 
 
 def _convert(value: str, hint: object, where: str) -> object:

@@ -1,0 +1,179 @@
+"""Documents to caches: each is encoded once, alone, in batches of like length, and stored."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvilt.errors import DocumentError, StoreUnavailable
+from kvilt.model import Model
+from kvilt.stores.base import CacheStore
+from kvilt.text import TextFormat
+from kvilt.types import CacheKey, Document, DocumentCache, Encoding
+
+BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
+PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
+POLL_SECONDS = 0.2
+
+logger = logging.getLogger("kvilt")
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A tokenised document and its content address."""
+
+    document: Document
+    ids: Tensor  # (tokens,)
+    key: CacheKey
+
+    @property
+    def title(self) -> str:
+        """What a person calls the document."""
+        return self.document.title or self.document.id or ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an encoding run is, in documents and tokens."""
+
+    done: int
+    total: int
+    tokens: int
+    total_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What an encoding run did (or, for a dry run, would do)."""
+
+    documents: int
+    encoded: int
+    present: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Encodes documents for one model and one encoding into one store."""
+
+    model: Model
+    text: TextFormat
+    store: CacheStore
+    encoding: Encoding
+    namespace: str = "default"
+    ttl: float | None = None
+
+    def items(self, documents: Iterable[Document]) -> list[Item]:
+        """Tokenise and key documents. Raises DocumentError for empty ones and those longer than the model's context."""
+        return [self._item(d) for d in documents]
+
+    def _item(self, document: Document) -> Item:
+        ids = self.text.document_ids(document)
+        around = len(self.encoding.before) + len(self.encoding.after)
+        if len(ids) + around > self.model.context_length:
+            name = document.id or document.title or document.text[:40]
+            raise DocumentError(
+                f"document {name!r} has {len(ids)} tokens, the model's context holds {self.model.context_length - around}. Split it."
+            )
+        return Item(document, ids, self.model.key(ids, self.encoding))
+
+    def encode(self, documents: Iterable[Document], on_progress: Callable[[Progress], None] | None = None) -> EncodeReport:
+        """Encode and store what is missing. A rerun, or another process at the same time, encodes nothing twice."""
+        began = time.perf_counter()
+        unique = {item.key.digest: item for item in self.items(documents)}
+        present = self.store.contains(unique)
+        missing = [item for key, item in unique.items() if key not in present]
+        done, tokens, total = 0, 0, sum(len(i.ids) for i in missing)
+        for batch in self._claimed(missing):
+            self._encode_claimed(batch)
+            done, tokens = done + len(batch), tokens + sum(len(i.ids) for i in batch)
+            if on_progress:
+                on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
+        return self._report(unique, done, tokens, time.perf_counter() - began)
+
+    def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
+        """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
+        unique = {item.key.digest: item for item in self.items(documents)}
+        present = self.store.contains(unique)
+        missing = [item for key, item in unique.items() if key not in present]
+        tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]
+        began = time.perf_counter()
+        for item in tried:
+            self.model.encode([item.ids], self.encoding)
+        rate = sum(len(i.ids) for i in tried) / max(time.perf_counter() - began, 1e-9)
+        tokens = sum(len(i.ids) for i in missing)
+        return self._report(unique, len(missing), tokens, tokens / rate if tried else 0.0)
+
+    def fetch(self, items: Sequence[Item]) -> tuple[list[DocumentCache], int]:
+        """The caches of documents, encoding and storing what is missing; and how many were found."""
+        found = {i.key.digest: self.store.get(i.key) for i in {i.key.digest: i for i in items}.values()}
+        hits = sum(found[i.key.digest] is not None for i in items)
+        missing = [i for i in {i.key.digest: i for i in items}.values() if found[i.key.digest] is None]
+        for batch in batches(missing):
+            for item, cache in zip(batch, self._run(batch), strict=True):
+                self.put(cache, item.title)
+                found[item.key.digest] = cache
+        return [cache for i in items if (cache := found[i.key.digest]) is not None], hits
+
+    def _run(self, batch: Sequence[Item]) -> list[DocumentCache]:
+        return self.model.encode([i.ids for i in batch], self.encoding)
+
+    def put(self, cache: DocumentCache, title: str) -> None:
+        """Store a cache; an answer is still given when the store cannot take it."""
+        try:
+            self.store.put(cache, title=title, namespace=self.namespace, ttl=self.ttl)
+        except StoreUnavailable as error:
+            logger.warning("not stored: %s", error)
+
+    def _claimed(self, missing: list[Item]) -> Iterator[list[Item]]:
+        """Batches that this process may encode; what another process has claimed is waited for at the end."""
+        waiting = []
+        for batch in batches(missing):
+            mine = [i for i in batch if self.store.claim(i.key.digest)]
+            waiting += [i for i in batch if i not in mine]
+            if mine:
+                yield mine
+        while waiting:
+            stored = self.store.contains(i.key.digest for i in waiting)
+            waiting = [i for i in waiting if i.key.digest not in stored]
+            orphans = [i for i in waiting if self.store.claim(i.key.digest)]
+            if orphans:
+                yield from batches(orphans)
+                waiting = [i for i in waiting if i not in orphans]
+            elif waiting:
+                time.sleep(POLL_SECONDS)
+
+    def _encode_claimed(self, batch: list[Item]) -> None:
+        try:
+            stored = self.store.contains(i.key.digest for i in batch)  # finished by another process before the claim
+            todo = [i for i in batch if i.key.digest not in stored]
+            for item, cache in zip(todo, self._run(todo) if todo else [], strict=True):
+                self.store.put(cache, title=item.title, namespace=self.namespace, ttl=self.ttl)
+        finally:
+            for item in batch:
+                self.store.release(item.key.digest)
+
+    def _report(self, unique: dict[str, Item], encoded: int, tokens: int, seconds: float) -> EncodeReport:
+        around = (len(self.encoding.before) + len(self.encoding.after)) if self.encoding.keep else 0
+        size = (tokens + encoded * around) * self.model.bytes_per_token
+        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, seconds)
+
+
+def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Groups of like length whose padded size stays under BATCH_TOKENS."""
+    group: list[Item] = []
+    for item in sorted(items, key=lambda i: len(i.ids)):
+        longest = len(item.ids)
+        if group and (longest * (len(group) + 1) > BATCH_TOKENS or longest > PADDING * len(group[0].ids) + 16):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

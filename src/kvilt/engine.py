@@ -1,0 +1,257 @@
+"""One query: tokenise, key, fetch, plan, place, run, decode, answer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvilt import registry
+from kvilt.decode import generate
+from kvilt.encoder import Encoder, EncodeReport
+from kvilt.errors import DamagedCache, PromptError
+from kvilt.loading import load_model
+from kvilt.model import Model
+from kvilt.placed import PlacedCache
+from kvilt.plan import Plan, Segment
+from kvilt.stores.base import CacheStore
+from kvilt.strategies.base import Strategy
+from kvilt.text import TextFormat
+from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
+
+MAX_DAMAGED = 1000  # a prompt whose store is damaged again and again is given up after so many repairs
+
+
+@dataclass
+class Clock:
+    """Seconds since the start, and of every step."""
+
+    start: float = field(default_factory=time.perf_counter)
+    steps: dict[str, float] = field(default_factory=dict)
+    first: float = 0.0
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, step: str) -> None:
+        """Charge the time since the last lap to a step."""
+        now = time.perf_counter()
+        self.steps[step] = self.steps.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def mark_first(self) -> None:
+        """The first token is there."""
+        self.first = time.perf_counter() - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A prompt whose caches are at hand, and its plan."""
+
+    prompt: Prompt
+    plan: Plan
+    hits: int
+    misses: int
+
+
+class Engine:
+    """Answers questions over documents with one model, one strategy and one store.
+
+    Raises UserError for whatever the caller got wrong; a damaged or unusable store never costs an answer."""
+
+    def __init__(
+        self, model: Model, text: TextFormat, strategy: Strategy, store: CacheStore, namespace: str = "default"
+    ) -> None:
+        self.model, self.text, self.store, self.namespace = model, text, store, namespace
+        self.info = model.info(
+            system=tuple(text.system_ids().tolist()),
+            sink=text.sink(),
+            reserved=text.reserved(),
+            directory=getattr(model.hf, "name_or_path", None) or None,
+        )
+        self.strategy = strategy.bind(self.info)
+        self.encoder = Encoder(model, text, store, self.strategy.encoding or Encoding(), namespace)
+        self._plain = Encoder(model, text, store, Encoding(), namespace)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        strategy: str | Strategy = "block",
+        store: str | CacheStore = "disk",
+        *,
+        system: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        namespace: str = "default",
+    ) -> Engine:
+        """Load a model (hub name or folder), a strategy and a store from specification strings.
+
+        `dtype` "auto" is the checkpoint's own on CUDA and float32 on a CPU, where it is fastest."""
+        loaded, tokenizer = load_model(model, dtype, device)
+        built = strategy if isinstance(strategy, Strategy) else _strategy(strategy)
+        keep = store if isinstance(store, CacheStore) else _store(store)
+        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace)
+
+    def with_strategy(self, strategy: str | Strategy) -> Engine:
+        """The same model and store with another strategy."""
+        built = strategy if isinstance(strategy, Strategy) else _strategy(strategy)
+        return Engine(self.model, self.text, built, self.store, self.namespace)
+
+    def encode(self, documents: Sequence[Document], **options: Any) -> EncodeReport:
+        """Encode and store documents ahead of any question."""
+        return self.encoder.encode(documents, **options)
+
+    def answer(
+        self, question: str, documents: Sequence[Document], *, max_new_tokens: int = 128, allow_empty: bool = False, **sampling: Any
+    ) -> Answer:
+        """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
+
+        `max_new_tokens` is cut to what the model's context holds."""
+        clock, damaged = Clock(), 0
+        while True:
+            try:
+                ready = self._ready(question, documents, clock, allow_empty)
+                room = self._room(ready.plan, max_new_tokens)
+                logits, placed = self.model.run(ready.plan, room)
+                break
+            except DamagedCache as error:
+                damaged = self._repair(error, damaged)
+        clock.lap("run")
+        try:
+            tokens = generate(self.model, logits, placed, _ids(ready.plan), room, clock.mark_first, **sampling)
+            clock.lap("decode")
+            usage = self._usage(ready, placed, clock, len(tokens), damaged)
+        finally:
+            self.model.pool.give(placed.buffer)
+        return Answer(self.text.decode(tokens), tokens, usage, repr(self.strategy), logits.cpu())
+
+    def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
+        """Pieces of the answer's text as they are generated; the last item is the Answer itself."""
+        from transformers import TextIteratorStreamer
+
+        pieces = TextIteratorStreamer(self.text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        result: queue.Queue[Answer | BaseException] = queue.Queue()
+
+        def work() -> None:
+            try:
+                result.put(self.answer(question, documents, streamer=pieces, **options))
+            except BaseException as error:  # raised again in the consumer's thread
+                result.put(error)
+                pieces.end()
+
+        threading.Thread(target=work, name="kvilt-stream", daemon=True).start()
+        yield from (piece for piece in pieces if piece)
+        final = result.get()
+        if isinstance(final, BaseException):
+            raise final
+        yield final
+
+    def score(self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False) -> Tensor:
+        """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
+        damaged = 0
+        while True:
+            try:
+                plan = self._ready(question, documents, Clock(), allow_empty).plan
+                forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
+                if forced.length:
+                    plan = replace(plan, segments=(*plan.segments, forced))
+                return self.model.score(plan, len(continuation))
+            except DamagedCache as error:
+                damaged = self._repair(error, damaged)
+
+    def plan(self, question: str, documents: Sequence[Document]) -> Plan:
+        """The plan of a prompt, with its caches fetched or made."""
+        return self._ready(question, documents, Clock(), False).plan
+
+    def _ready(self, question: str, documents: Sequence[Document], clock: Clock, allow_empty: bool) -> Ready:
+        if not documents and not allow_empty:
+            raise PromptError("no documents: give at least one to answer from.")
+        asked = self.text.question_ids(question)
+        items = self.encoder.items(documents)
+        clock.lap("tokenize")
+        system, caches, hits = self._caches(items)
+        clock.lap("fetch")
+        names = tuple(d.id or d.title or "" for d in documents)
+        prompt = Prompt(system, tuple(caches), asked, names)
+        plan = self.strategy.plan(prompt, self.model.probe)
+        clock.lap("plan")
+        stored = sum(c.layers is not None for c in caches)
+        return Ready(prompt, plan, hits, stored - hits)
+
+    def _caches(self, items: Sequence[Any]) -> tuple[DocumentCache, list[DocumentCache], int]:
+        """System and document caches; only tokens where the strategy reuses nothing or a document says so."""
+        system_ids = torch.tensor(self.info.system, dtype=torch.long)
+        if self.strategy.encoding is None:
+            return self._bare(system_ids), [self._bare(i.ids) for i in items], 0
+        system = self._system(system_ids)
+        kept = [i for i in items if i.document.store]
+        found, hits = self.encoder.fetch(kept)
+        rest = iter(found)
+        return system, [next(rest) if i.document.store else self._bare(i.ids) for i in items], hits
+
+    def _system(self, ids: Tensor) -> DocumentCache:
+        """The system part: an exact prefix, cached like a document."""
+        if len(ids) == 0:
+            return self._bare(ids)
+        key = self.model.key(ids, Encoding())
+        found = self.store.get(key)
+        if found is None:
+            found = self.model.encode([ids], Encoding())[0]
+            self._plain.put(found, "system")
+        return found
+
+    def _bare(self, ids: Tensor) -> DocumentCache:
+        return DocumentCache(ids, torch.arange(len(ids)), len(ids), self.model.key(ids, Encoding()))
+
+    def _room(self, plan: Plan, wanted: int) -> int:
+        free = self.model.context_length - plan.end
+        if free < 1:
+            raise PromptError(
+                f"the prompt takes {plan.end} positions, the model's context holds {self.model.context_length}. "
+                "Give fewer or shorter documents."
+            )
+        if wanted < 1:
+            raise PromptError(f"max_new_tokens must be at least 1, not {wanted}.")
+        return min(wanted, free)
+
+    def _repair(self, error: DamagedCache, damaged: int) -> int:
+        self.store.set_aside(error.key, error.reason)
+        if damaged >= MAX_DAMAGED:
+            raise error
+        return damaged + 1
+
+    def _usage(self, ready: Ready, placed: PlacedCache, clock: Clock, generated: int, damaged: int) -> Usage:
+        plan = ready.plan
+        return Usage(
+            reused_tokens=plan.reused_count,
+            computed_tokens=len(plan.computed_rows),
+            generated_tokens=generated,
+            charged=plan.charged(self.info.linear_cost),
+            hits=ready.hits,
+            misses=ready.misses,
+            damaged=damaged,
+            bytes_loaded=placed.bytes_loaded,
+            ttft_s=clock.first,
+            steps_s=clock.steps,
+        )
+
+
+def _ids(plan: Plan) -> Tensor:
+    return torch.cat([s.tokens for s in plan.segments])
+
+
+def _strategy(spec: str) -> Strategy:
+    built = registry.build("strategy", spec)
+    assert isinstance(built, Strategy)
+    return built
+
+
+def _store(spec: str) -> CacheStore:
+    built = registry.build("store", spec)
+    assert isinstance(built, CacheStore)
+    return built

@@ -1,0 +1,84 @@
+"""Digests of models and tokenizers: what a stored cache was made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from kvilt.types import digest_of
+
+
+def weights_digest(hf: nn.Module) -> str:
+    """Content digest of all weights, adapters included; remembered per file for models loaded unchanged from disk."""
+    remembered = _remembered(hf)
+    if remembered is not None:
+        memo, tag = remembered
+        known = _read(memo).get(tag)
+        if known is not None:
+            return known
+    digest = _digest_tensors(hf)
+    if remembered is not None:
+        _write(memo, tag, digest)
+    return digest
+
+
+def _digest_tensors(hf: nn.Module) -> str:
+    hasher = blake3(max_threads=blake3.AUTO)
+    for name, tensor in sorted(hf.state_dict().items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(_bytes(tensor))
+    return hasher.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of vocabulary and special tokens: two tokenizers that map text to ids alike share it."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest_of(vocabulary, backend.to_str() if backend is not None else type(tokenizer).__name__)
+
+
+def _remembered(hf: nn.Module) -> tuple[Path, str] | None:
+    """Where the digest of a model on disk is remembered, and under which tag; None if it may differ from its files."""
+    source = Path(str(getattr(hf, "name_or_path", "") or ""))
+    files = _weight_files(source) if source.is_dir() and not getattr(hf, "_hf_peft_config_loaded", False) else []
+    if not files or not getattr(hf, "kvilt_unchanged", False):
+        return None
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    tag = hashlib.sha256(json.dumps([stats, str(hf.dtype), type(hf).__name__]).encode()).hexdigest()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "kvilt" / "digests.json", tag
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(f for pattern in ("*.safetensors", "*.bin", "*.json") for f in folder.glob(pattern))
+
+
+def _read(memo: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(memo.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(memo: Path, tag: str, digest: str) -> None:
+    """Best effort: a digest that cannot be remembered is computed again next time."""
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({**_read(memo), tag: digest}))
+        temporary.replace(memo)
+    except OSError:
+        return
+
+

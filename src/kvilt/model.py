@@ -1,0 +1,236 @@
+"""A transformers model that can encode documents, run plans, probe and decode. It knows nothing of text or stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from kvilt import attention, identity, support
+from kvilt.errors import ModelError
+from kvilt.placed import BufferPool, PlacedCache, Shape, StopAtLayer
+from kvilt.plan import Dense, Plan
+from kvilt.rope import rope_of
+from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, TensorLayers, digest_of
+
+
+class Model:
+    """Wraps a causal language model of transformers.
+
+    Raises ModelError for architectures whose caches cannot be moved exactly. The model attends through Kvilt's own
+    attention function from then on, which equals its ordinary one."""
+
+    def __init__(self, hf: Any, tokenizer_digest: str = "") -> None:
+        support.check_config(hf.config)
+        self.hf = hf.eval()
+        self.rope = rope_of(hf)
+        attention.install(hf)
+        config = hf.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.shape = Shape(config.num_hidden_layers, heads, head_dim, hf.dtype, hf.device)
+        self.pool = BufferPool(self.shape)
+        self.digest = identity.weights_digest(hf)
+        self.tokenizer_digest = tokenizer_digest
+        self._cpu_lock = threading.Lock()
+        self._check_moving()
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model was made for."""
+        return int(self.hf.config.max_position_embeddings)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        s = self.shape
+        return 2 * s.layers * s.heads * s.head_dim * s.dtype.itemsize
+
+    def info(self, **more: Any) -> ModelInfo:
+        """What strategies may know of this model."""
+        config, layer = self.hf.config, _decoder_layers(self.hf)[0]
+        weight = self.hf.get_input_embeddings().weight.detach().float()
+        matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+        return ModelInfo(
+            digest=self.digest,
+            hidden_size=weight.shape[1],
+            vocab_size=weight.shape[0],
+            num_layers=config.num_hidden_layers,
+            linear_cost=support.linear_cost(config, matrices),
+            embedding_stats=(float(weight.mean()), float(weight.std())),
+            **more,
+        )
+
+    def key(self, tokens: Tensor, encoding: Encoding, compression: str = "") -> CacheKey:
+        """The content address of a document encoded by this model."""
+        identity = (self.digest, self.tokenizer_digest, self.rope.identity, str(self.shape.dtype).removeprefix("torch."))
+        return CacheKey(*identity, encoding.digest, compression, digest_of(tokens))
+
+    def embed(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Input embeddings of ids; ids below zero name rows of `learned` (id -1: row 0). (..., hidden)."""
+        table = self.hf.get_input_embeddings()
+        tokens = tokens.to(self.shape.device)
+        out: Tensor = table(tokens.clamp(min=0))
+        if learned is None:
+            return out
+        soft = learned.to(device=out.device, dtype=out.dtype)[(-1 - tokens).clamp(min=0)]
+        return torch.where((tokens < 0)[..., None], soft, out)
+
+    @torch.no_grad()
+    def encode(self, documents: Sequence[Tensor], encoding: Encoding, compression: str = "") -> list[DocumentCache]:
+        """Encode documents (ids, (tokens,) each) alone, in one causal pass over before + document + after.
+
+        Padding stands on the right, where no earlier token can see it. The pass runs at positions that put the document
+        itself at 0, so stored keys need no second rotation."""
+        runs = [encoding.run(ids) for ids in documents]
+        first = len(encoding.before) if not encoding.keep else 0
+        batch = nn.utils.rnn.pad_sequence(runs, batch_first=True)  # (documents, longest)
+        store = _Capture(self.shape.layers)
+        positions = torch.arange(batch.shape[1], device=self.shape.device) - first
+        self._base(inputs_embeds=self.embed(batch, encoding.learned), position_ids=positions[None], past_key_values=store)
+        return [self._cut(store, i, run, ids, encoding, compression) for i, (run, ids) in enumerate(zip(runs, documents, strict=True))]
+
+    def _cut(
+        self, store: _Capture, i: int, run: Tensor, ids: Tensor, encoding: Encoding, compression: str
+    ) -> DocumentCache:
+        first = 0 if encoding.keep else len(encoding.before)
+        rows = slice(first, len(run) if encoding.keep else first + len(ids))
+        keys = tuple(k[i, :, rows].cpu().clone(memory_format=torch.contiguous_format) for k in store.keys)
+        values = tuple(v[i, :, rows].cpu().clone(memory_format=torch.contiguous_format) for v in store.values)
+        length = len(run) if encoding.keep else len(ids)
+        key = self.key(ids, encoding, compression)
+        return DocumentCache(run[: first + length], torch.arange(length), length, key, TensorLayers(keys, values), first)
+
+    @torch.no_grad()
+    def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> tuple[Tensor, PlacedCache]:
+        """Compute a plan in one pass: logits of the last token (vocab,) float32, and the cache to decode with.
+
+        `room` rows are kept free for the answer. `overlap` loads layers from a second thread, ahead of the pass
+        (default: on CUDA)."""
+        placed = self._placed(plan, room, overlap)
+        try:
+            logits = self._forward(plan, placed, logits_to_keep=1)[0, -1].float()
+        except BaseException:
+            self.pool.give(placed.buffer)
+            raise
+        placed.finish()
+        return logits, placed
+
+    @torch.no_grad()
+    def score(self, plan: Plan, last: int) -> Tensor:
+        """Logits of the plan's last `last` computed tokens, (last, vocab) float32."""
+        placed = self._placed(plan, 0, None)
+        try:
+            return self._forward(plan, placed, logits_to_keep=last)[0].float()
+        finally:
+            self.pool.give(placed.buffer)
+
+    @torch.no_grad()
+    def probe(self, plan: Plan, layers: int) -> list[DocumentCache]:
+        """What the lowest layers hold for each segment when the plan is run; the pass stops there."""
+        buffer = self.pool.take(len(plan.positions))
+        placed = PlacedCache(plan, buffer, self.rope, stop=layers)
+        try:
+            self._forward(plan, placed, logits_to_keep=1)
+        except StopAtLayer:
+            pass
+        seen = [placed.seen(s, base, layers, self.rope) for s, base in zip(plan.segments, plan.bases, strict=True)]
+        self.pool.give(buffer)
+        return seen
+
+    @torch.no_grad()
+    def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
+        """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
+        mask = dense.mask[None, None].to(self.shape.device)
+        positions = dense.positions[None].to(self.shape.device)
+        out = self.hf(inputs_embeds=self.embed(dense.tokens, learned)[None], position_ids=positions, attention_mask=mask, use_cache=False)
+        return torch.as_tensor(out.logits[0, dense.computed]).float()
+
+    @torch.no_grad()
+    def step(self, token: Tensor, placed: PlacedCache) -> Tensor:
+        """Append one token (1, 1) to a placed cache; logits of the next, (1, vocab) float32."""
+        position = torch.full((1, 1), placed.position, device=self.shape.device)
+        out = self.hf(input_ids=token, position_ids=position, past_key_values=placed, use_cache=True)
+        placed.advance(1)
+        return torch.as_tensor(out.logits[:, -1]).float()
+
+    def _placed(self, plan: Plan, room: int, overlap: bool | None) -> PlacedCache:
+        placed = PlacedCache(plan, self.pool.take(len(plan.positions) + room), self.rope)
+        if placed.pieces and (overlap if overlap is not None else self.shape.device.type == "cuda"):
+            placed.load_ahead()
+        return placed
+
+    def _forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
+        rows = plan.computed_rows
+        mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
+        out = self.hf(
+            inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
+            position_ids=plan.positions[rows][None].to(self.shape.device),
+            past_key_values=placed,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        return torch.as_tensor(out.logits)
+
+    @property
+    def _base(self) -> Callable[..., Any]:
+        """The model without its head: encoding needs no logits."""
+        return self.hf.base_model if self.hf.base_model is not self.hf else self.hf
+
+    def _check_moving(self) -> None:
+        """Keys of the first layer computed at position 9 must equal those computed at 0 and moved there."""
+        ids = torch.arange(3)
+        here, there = (self._first_keys(ids, start) for start in (0, 9))
+        moved = self.rope.move(here, 9).float()
+        tolerance = {torch.float32: 1e-4}.get(self.shape.dtype, 3e-2) * float(there.float().abs().max())
+        if float((moved - there.float()).abs().max()) > tolerance:
+            raise ModelError(f"{self.hf.config.model_type} is refused: its keys do not follow standard rotary embedding.")
+
+    @torch.no_grad()
+    def _first_keys(self, ids: Tensor, start: int) -> Tensor:
+        store = _Capture(self.shape.layers, stop=1)
+        positions = start + torch.arange(len(ids), device=self.shape.device)
+        with _until_stopped():
+            self._base(inputs_embeds=self.embed(ids)[None], position_ids=positions[None], past_key_values=store)
+        return store.keys[0][0]
+
+
+class _Capture(Cache):
+    """Collects the keys and values of one pass without copying them."""
+
+    def __init__(self, layers: int, stop: int | None = None) -> None:
+        super().__init__(layers=[])
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.stop = stop
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        if len(self.keys) == self.stop:
+            raise StopAtLayer
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+@contextmanager
+def _until_stopped() -> Iterator[None]:
+    try:
+        yield
+    except StopAtLayer:
+        return
+
+
+def _decoder_layers(hf: Any) -> nn.ModuleList:
+    lists = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and len(m) == hf.config.num_hidden_layers]
+    if not lists:
+        raise ModelError(f"{hf.config.model_type}: decoder layers not found.")
+    return lists[0]

@@ -1,0 +1,115 @@
+"""Moving keys: stored keys are rotated as if the document began at position 0; a rotation moves them to their place.
+
+Rotations compose, so moving by `d` is one rotation by `d * inv_freq`, whatever position a row stands at. Values never move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvilt.errors import ModelError
+
+SAFE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the length of the prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotary embedding of a model: what is needed to move its keys.
+
+    YaRN multiplies cos and sin by `attention_scaling`; keys carry it once from when they were computed, so moving uses
+    the plain angles. Channels beyond 2 * len(inv_freq) (partial rotary) are never rotated.
+    """
+
+    inv_freq: Tensor  # (rotary_dim / 2,) float64, CPU
+    interleaved: bool = False  # GLM, Cohere: neighbouring channels are pairs; else channel i pairs with i + half
+
+    def angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of a move by `by` positions, (rotary_dim / 2,) float32."""
+        angle = self.inv_freq * by
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
+    def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the two channels of every rotated pair, (..., rotary_dim / 2) each."""
+        half = len(self.inv_freq)
+        if self.interleaved:
+            return keys[..., : 2 * half : 2], keys[..., 1 : 2 * half : 2]
+        return keys[..., :half], keys[..., half : 2 * half]
+
+    def move(self, keys: Tensor, by: int, out: Tensor | None = None) -> Tensor:
+        """Keys (..., head_dim) moved by `by` positions, computed in float32 and rounded once, written into `out` if given.
+
+        `out` must not overlap `keys`."""
+        out = torch.empty_like(keys) if out is None else out
+        if by == 0:
+            return out.copy_(keys)
+        if keys.dtype != torch.float32:  # half precision: rotate a float32 copy, round when it is written
+            return out.copy_(self._rotate(keys.float(), torch.empty_like(keys, dtype=torch.float32), by))
+        if out.dtype != torch.float32:
+            return out.copy_(self._rotate(keys, torch.empty_like(keys), by))
+        return self._rotate(keys, out, by)
+
+    def _rotate(self, keys: Tensor, out: Tensor, by: int) -> Tensor:
+        cos, sin = self.angles(by, keys.device)
+        (a, b), (x, y) = self.pairs(keys), self.pairs(out)
+        torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=y).addcmul_(a, sin)
+        rest = 2 * len(self.inv_freq)
+        if rest < keys.shape[-1]:
+            out[..., rest:] = keys[..., rest:]
+        return out
+
+    @property
+    def identity(self) -> str:
+        """What the keys depend on, for the cache key."""
+        from kvilt.types import digest_of
+
+        return digest_of(self.inv_freq, str(self.interleaved))
+
+
+def rope_of(hf: nn.Module) -> Rope:
+    """The rotary embedding of a transformers model; raises ModelError where its keys cannot be moved exactly."""
+    modules = [m for m in hf.modules() if hasattr(m, "inv_freq") and isinstance(m.inv_freq, Tensor)]
+    config: Any = hf.config
+    if not modules:
+        raise ModelError(
+            f"{config.model_type} has no rotary position embedding: its keys cannot be moved to another place. "
+            "Kvilt serves decoders with standard RoPE."
+        )
+    check_rope_type(config)
+    first = modules[0].inv_freq
+    if any(m.inv_freq.shape != first.shape or not torch.equal(m.inv_freq, first) for m in modules[1:]):
+        raise ModelError(f"{config.model_type}: layers rotate with different frequencies, which Kvilt cannot move yet.")
+    return Rope(first.detach().double().cpu(), _is_interleaved(hf, len(first)))
+
+
+def check_rope_type(config: Any) -> None:
+    """Refuse rope types whose frequencies change with the length of the prompt."""
+    for field in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, field, None)
+        if not isinstance(parameters, dict):
+            continue
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in SAFE_TYPES:
+            raise ModelError(
+                f"config field {field}.rope_type = {kind!r} is refused: its rotation depends on the length of the prompt, "
+                f"so a stored key cannot be moved. Served: {', '.join(SAFE_TYPES)}."
+            )
+        if "mrope_section" in parameters:
+            raise ModelError(f"config field {field}.mrope_section is refused: multi-axis positions are not supported.")
+
+
+def _is_interleaved(hf: nn.Module, half: int) -> bool:
+    """Ask the model's own code which channels it pairs, by rotating a marked key."""
+    import sys
+
+    for module in hf.modules():
+        rotate = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
+        if rotate is not None and hasattr(module, "layer_idx"):
+            probe = torch.zeros(2 * half)
+            probe[1] = 1.0
+            return bool(rotate(probe)[0] == -1.0)
+    return False

@@ -1,0 +1,62 @@
+"""What a strategy is: an encoding for documents and a plan for prompts. Strategies know no model, no store and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from kvilt.errors import SpecError
+from kvilt.plan import Layout, Plan
+from kvilt.types import DocumentCache, Encoding, ModelInfo, Prompt
+
+Probe = Callable[[Plan, int], list[DocumentCache]]  # run a plan's lowest layers: what they hold for each segment
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A reuse method; its fields are its configuration and its repr is written into every result.
+
+    `encoding` is None when the method reuses nothing. Fields that `bind` fills are kept out of the repr."""
+
+    encoding: Encoding | None = field(default=Encoding(), repr=False, compare=False, kw_only=True)
+
+    def bind(self, info: ModelInfo) -> Self:
+        """The strategy made ready for a model: ids and learned vectors looked up and checked."""
+        return self
+
+    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
+        """Decide what is reused, what is computed and where it stands. `probe` may look at the lowest layers first."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plain(Strategy):
+    """A method whose documents are encoded with nothing learned around them.
+
+    `sink` puts a shared prefix in front of each document while it is encoded, whose rows are dropped: "none", "system"
+    (the prompt's own system part) or a number of BOS tokens. It takes over the attention that first tokens attract."""
+
+    sink: str = "none"
+
+    def bind(self, info: ModelInfo) -> Self:
+        """Resolve the sink to token ids."""
+        return replace(self, encoding=Encoding(before=sink_tokens(self.sink, info)))
+
+
+def sink_tokens(sink: str, info: ModelInfo) -> tuple[int, ...]:
+    """Token ids of a sink option."""
+    if sink in ("none", "0", ""):
+        return ()
+    if sink == "system":
+        return info.system
+    if not sink.isdigit():
+        raise SpecError(f"option sink wants 'none', 'system' or a number of BOS tokens, not {sink!r}.")
+    if info.sink is None:
+        raise SpecError("option sink: this tokenizer has no BOS, EOS or padding token to use as a sink; use sink=system.")
+    return (info.sink,) * int(sink)
+
+
+def begin(prompt: Prompt) -> Layout:
+    """A layout that starts with the system part."""
+    return Layout(prompt).reuse(prompt.system, name="system")

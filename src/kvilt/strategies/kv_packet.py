@@ -1,0 +1,32 @@
+"""KV Packet (arXiv 2604.13226): a frozen model, and trained vectors around each document, stored with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvilt.errors import SpecError
+from kvilt.plan import Plan
+from kvilt.strategies.base import Probe, Strategy, begin
+from kvilt.types import ModelInfo, Prompt
+from kvilt.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class KVPacket(Strategy):
+    """Every document is encoded between a header and a trailer of learned vectors; nothing is recomputed (section 3)."""
+
+    wrapper: str = ""
+
+    def bind(self, info: ModelInfo) -> Self:
+        """Load the wrapper and check that it was trained for this model."""
+        if not self.wrapper:
+            raise SpecError("kv_packet needs its trained vectors: kv_packet:wrapper=FILE (train them: kvilt train packet).")
+        return replace(self, encoding=Wrapper.load(self.wrapper).check(info).encoding())
+
+    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
+        """System and packets are reused, the question is computed."""
+        layout = begin(prompt)
+        for document in prompt.documents:
+            layout.reuse(document)
+        return layout.ask().plan(learned=self.encoding.learned if self.encoding else None)

@@ -1,0 +1,100 @@
+"""KVLink (arXiv 2502.16002, NeurIPS 2025): trained link tokens, computed at query time, reconnect documents encoded alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kvilt.errors import PromptError, SpecError
+from kvilt.plan import Plan
+from kvilt.strategies.base import Probe, Strategy, begin
+from kvilt.types import ModelInfo, Prompt
+
+DESCRIPTION = "kvlink.json"  # beside a checkpoint: which ids are its link tokens and markers
+LLAMA3_VOCABULARY = 128256
+LLAMA3_FIRST, LLAMA3_SLOTS, LLAMA3_MARKERS = 128011, 40, (128254, 128255)  # the published checkpoints' layout
+
+logger = logging.getLogger("kvilt")
+
+
+@dataclass(frozen=True)
+class LinkTokens:
+    """Ids of a checkpoint's link tokens: slot n of the prompt always gets row n, whatever document stands there."""
+
+    ids: tuple[tuple[int, ...], ...]  # (slots, links)
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> LinkTokens:
+        """Read a description file."""
+        raw = json.loads(text)
+        return cls(tuple(map(tuple, raw["ids"])), tuple(raw["start"]), tuple(raw["end"]))
+
+    def to_json(self) -> str:
+        """Write a description file."""
+        return json.dumps({"ids": self.ids, "start": self.start, "end": self.end})
+
+    @classmethod
+    def of(cls, info: ModelInfo, links: int) -> LinkTokens:
+        """The link tokens of a model: its own description, the published Llama layout, or reserved tokens."""
+        described = Path(info.directory or "") / DESCRIPTION
+        if info.directory and described.is_file():
+            return cls.from_json(described.read_text())
+        if links:
+            logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
+        if info.vocab_size == LLAMA3_VOCABULARY:
+            rows = [[LLAMA3_FIRST + slot * links + k for k in range(links)] for slot in range(LLAMA3_SLOTS)]
+            return cls(tuple(map(tuple, rows)), LLAMA3_MARKERS[:1], LLAMA3_MARKERS[1:])
+        return cls.reserve(info.reserved, links)
+
+    @classmethod
+    def reserve(cls, reserved: tuple[int, ...], links: int) -> LinkTokens:
+        """Lay markers and as many slots as fit over a tokenizer's reserved tokens."""
+        if links == 0:
+            return cls(())
+        if len(reserved) < 2 + links:
+            raise SpecError(
+                f"kvlink:links={links} needs at least {2 + links} reserved tokens, this tokenizer has {len(reserved)}. "
+                "Train a checkpoint with link tokens first: kvilt train kvlink."
+            )
+        free = reserved[2:]
+        rows = [free[i : i + links] for i in range(0, len(free) - links + 1, links)]
+        return cls(tuple(rows), reserved[:1], reserved[1:2])
+
+
+@dataclass(frozen=True)
+class KVLink(Strategy):
+    """After every document stand `links` link tokens of its slot, computed online and never stored (section 2.2).
+
+    Documents are encoded alone, without BOS; markers open and close the documents. Needs a checkpoint trained for it."""
+
+    links: int = 5
+    tokens: LinkTokens = field(default=LinkTokens(()), repr=False, kw_only=True)
+
+    def bind(self, info: ModelInfo) -> Self:
+        """Find the checkpoint's link tokens."""
+        tokens = LinkTokens.of(info, self.links)
+        known = len(tokens.ids[0]) if tokens.ids else 0
+        if self.links > known:
+            raise SpecError(f"kvlink:links={self.links}: this checkpoint has {known} link tokens per document.")
+        return replace(self, tokens=tokens)
+
+    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
+        """Documents are reused; markers, link tokens and the question are computed."""
+        if self.links and len(prompt.documents) > len(self.tokens.ids):
+            raise PromptError(f"kvlink: {len(prompt.documents)} documents, but link tokens for {len(self.tokens.ids)} slots.")
+        layout = begin(prompt).compute(torch.tensor(self.tokens.start), name="start")
+        for slot, document in enumerate(prompt.documents):
+            layout.reuse(document).compute(self._links(slot), name="links")
+        return layout.compute(torch.tensor(self.tokens.end), name="end").ask().plan()
+
+    def _links(self, slot: int) -> Tensor:
+        ids = self.tokens.ids[slot][: self.links] if self.links else ()
+        return torch.tensor(ids, dtype=torch.long)

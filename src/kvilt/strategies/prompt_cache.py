@@ -1,0 +1,64 @@
+"""Prompt Cache (arXiv 2311.04934, MLSys 2024): documents are modules with fixed intervals of positions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvilt.errors import PromptError, SpecError
+from kvilt.plan import Plan
+from kvilt.strategies.base import Plain, Probe, begin
+from kvilt.types import Prompt
+
+
+@dataclass(frozen=True)
+class PromptCache(Plain):
+    """Module i takes the positions [system + i * slot, ...); positions left over are skipped.
+
+    `consecutive` places documents without gaps instead (the stronger variant that later papers measured). `schema`
+    names a JSON file of modules, in order: {"modules": [{"name": "terms", "length": 400},
+    {"union": [{"name": "de", "length": 90}, {"name": "fr", "length": 80}]}, {"name": "customer", "length": 16}]}.
+    A document goes to the module named like its id; alternatives of a union start at the same position; a document
+    with store=False is a parameter: computed in its reserved place."""
+
+    slot: int = 1024
+    consecutive: bool = False
+    schema: str = ""
+
+    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
+        """System and modules are reused at their intervals; the question is computed after the last of them."""
+        layout = begin(prompt)
+        intervals = self._intervals(prompt)
+        for document, (start, length) in zip(prompt.documents, intervals, strict=True):
+            if length is not None and document.length > length:
+                raise PromptError(f"prompt_cache: a document of {document.length} tokens does not fit its {length} positions.")
+            layout.reuse(document, at=None if start is None else prompt.system.length + start)
+        return layout.ask().plan()
+
+    def _intervals(self, prompt: Prompt) -> list[tuple[int | None, int | None]]:
+        """(start after the system part, length) of each document; None: wherever the last one ended."""
+        if self.consecutive:
+            return [(None, None)] * len(prompt.documents)
+        if not self.schema:
+            return [(i * self.slot, self.slot) for i in range(len(prompt.documents))]
+        modules = read_schema(self.schema)
+        unknown = [n for n in prompt.names if n not in modules]
+        if unknown:
+            raise PromptError(f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}.")
+        return [modules[n] for n in prompt.names]
+
+
+def read_schema(path: str) -> dict[str, tuple[int, int]]:
+    """Module name -> (first position, length); a union is as long as its longest member."""
+    try:
+        modules = json.loads(Path(path).read_text())["modules"]
+        table: dict[str, tuple[int, int]] = {}
+        at = 0
+        for module in modules:
+            members = module.get("union", [module])
+            table.update({m["name"]: (at, int(m["length"])) for m in members})
+            at += max(int(m["length"]) for m in members)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"prompt_cache: schema {path} is not readable: {type(error).__name__} {error}.") from error
+    return table

@@ -1,0 +1,102 @@
+"""Learned vectors around documents, as files: `wrapper.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvilt.errors import WrapperError
+from kvilt.types import Encoding, ModelInfo
+
+FORMAT = "kvilt-wrapper-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapper:
+    """Header and trailer (KV Packet) and soft link vectors (linked packet) in input-embedding space, float32.
+
+    `model` is the digest of the weights they were trained for; empty for published wrappers that do not say."""
+
+    header: Tensor  # (vectors, hidden)
+    trailer: Tensor
+    model: str = ""
+    links: Tensor | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def encoding(self) -> Encoding:
+        """Header and trailer around a document, their rows kept; link vectors follow in the same table of ids."""
+        parts = [self.header, self.trailer, *([] if self.links is None else [self.links])]
+        ids = [-1 - i for i in range(len(self.header) + len(self.trailer))]
+        before, after = tuple(ids[: len(self.header)]), tuple(ids[len(self.header) :])
+        return Encoding(before, after, keep=True, learned=torch.cat(parts))
+
+    def link_ids(self) -> Tensor:
+        """Ids of the link vectors in the encoding's table, (links,)."""
+        first = len(self.header) + len(self.trailer)
+        count = 0 if self.links is None else len(self.links)
+        return -1 - torch.arange(first, first + count)
+
+    def check(self, info: ModelInfo) -> Wrapper:
+        """Raise WrapperError unless these vectors belong to the model."""
+        if self.header.shape[-1] != info.hidden_size:
+            raise WrapperError(
+                f"this wrapper holds vectors of {self.header.shape[-1]} channels, the model has {info.hidden_size}: "
+                "it was trained for another model."
+            )
+        if self.model and self.model != info.digest:
+            raise WrapperError(
+                f"this wrapper was trained for weights {self.model[:16]}, this model's are {info.digest[:16]}. "
+                "Use the model it was trained on, or train one: kvilt train packet."
+            )
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; metadata holds the model's digest."""
+        tensors = {"header": self.header, "trailer": self.trailer, **({} if self.links is None else {"links": self.links})}
+        metadata = {**self.metadata, "format": FORMAT, "model": self.model}
+        save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Wrapper:
+        """Read a wrapper; the authors' published `.pt` files load too (weights only, no code is run)."""
+        path = Path(path)
+        if not path.is_file():
+            raise WrapperError(f"no wrapper file at {path}.")
+        if path.suffix in (".pt", ".pth", ".bin"):
+            return cls._published(path)
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
+        if metadata.pop("format", None) != FORMAT or not {"header", "trailer"} <= set(tensors):
+            raise WrapperError(f"{path} is not a wrapper of format {FORMAT}.")
+        if any(t.dim() != 2 or not torch.isfinite(t).all() for t in tensors.values()):
+            raise WrapperError(f"{path}: vectors must be finite and of shape (vectors, hidden).")
+        return cls(tensors["header"], tensors["trailer"], metadata.pop("model", ""), tensors.get("links"), metadata)
+
+    @classmethod
+    def _published(cls, path: Path) -> Wrapper:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for foreign files
+            raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
+        found = {k.rsplit(".", 1)[-1]: v.float() for k, v in _flat(state).items() if isinstance(v, Tensor) and v.dim() == 2}
+        header = next((v for k, v in found.items() if k.startswith(("header", "prefix"))), None)
+        trailer = next((v for k, v in found.items() if k.startswith(("trailer", "suffix"))), None)
+        if header is None or trailer is None:
+            raise WrapperError(f"{path} holds no header and trailer; found {json.dumps(sorted(found))}.")
+        return cls(header, trailer, metadata={"source": path.name})
+
+
+def _flat(state: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(state, dict):
+        return {prefix: state}
+    return {k: v for name, value in state.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}

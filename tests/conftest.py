@@ -1,0 +1,48 @@
+"""Shared fixtures: models made once a session, and an environment that the user's own settings cannot reach."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from kvilt.identity import tokenizer_digest
+from kvilt.model import Model
+
+
+@functools.cache
+def model_of(family: str) -> Model:
+    return Model(zoo.hf_model(family), tokenizer_digest(zoo.tokenizer()))
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """User directories and global settings are the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=list(zoo.FAMILIES), scope="session")
+def model(request: pytest.FixtureRequest) -> Model:
+    """A tiny random model of each served family, float32."""
+    return model_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Model:
+    """A tiny random Llama, float32."""
+    return model_of("llama")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with chat template, saved like a hub checkpoint."""
+    return Path(zoo.save(tmp_path_factory.mktemp("model")))
