@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics, per-sample records, and the report (docs/evaluation.md)."""

@@ -1,0 +1,103 @@
+"""Record files: JSONL, a header with the settings first, then one record a sample, flushed as it is made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kvilt.errors import UserError
+from kvilt.types import digest_of
+
+FORMAT = 1
+_FREE = ("path", "kvilt")  # may differ between a run and its continuation: every prompt's digest is compared anyway
+
+
+class RecordFile:
+    """Appends records; opened again with the same settings it goes on where it stopped."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.header = {"format": FORMAT, **header}
+        self.done: dict[str, dict[str, Any]] = {}
+        if path.exists() and path.stat().st_size:
+            _drop_torn_line(path)
+        fresh = not path.exists() or not path.stat().st_size
+        if not fresh:
+            found, records = read(path)
+            self._compare(found)
+            self.done = {record["id"]: record for record in records}
+        self._stream = path.open("a", encoding="utf-8")
+        if fresh:
+            self._write(self.header)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; it is on its way to the disk when this returns."""
+        self._write(record)
+        self.done[record["id"]] = record
+
+    def finished(self, name: str, prompt: str) -> bool:
+        """Whether the sample is recorded; raises UserError when it was another prompt then."""
+        record = self.done.get(name)
+        if record is not None and record["prompt"] != prompt:
+            raise UserError(f"{self.path}: sample {name} was another prompt when it was run. {_REMEDY}")
+        return record is not None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        mine = json.loads(json.dumps(self.header))
+        changed = [
+            f"{key} was {found.get(key)!r}, is {mine.get(key)!r}"
+            for key in sorted({*found, *mine} - set(_FREE))
+            if found.get(key) != mine.get(key)
+        ]
+        if changed:
+            raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. {_REMEDY}")
+
+    def _write(self, data: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(data, ensure_ascii=False) + "\n")  # one write, so an interrupt cannot split it
+        self._stream.flush()
+
+
+_REMEDY = "Use another output folder, or delete the file to start again."
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header and the records of a file; a torn last line is left out."""
+    rows = [
+        _parse(line, f"{path}, line {number}")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1)
+        if line.endswith("\n")
+    ]
+    if not rows or rows[0].get("format") != FORMAT:
+        raise UserError(
+            f"{path} is no record file of this version: its first line must be a header with format {FORMAT}."
+        )
+    return rows[0], rows[1:]
+
+
+def slug(text: str, longest: int = 80) -> str:
+    """A text as a part of a file name; what is cut off a long one is kept as a digest."""
+    name = re.sub(r"[^\w.-]+", "_", text).strip("_")
+    return name if len(name) <= longest else f"{name[: longest - 9]}-{digest_of(text)[:8]}"
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}). Delete the line to run its sample again.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a record, found {type(row).__name__}. Delete the line.")
+    return row
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process left unfinished."""
+    with path.open("rb+") as stream:
+        data = stream.read()
+        stream.truncate(data.rfind(b"\n") + 1)
