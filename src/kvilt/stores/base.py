@@ -48,10 +48,12 @@ class CacheStore(ABC):
 
     @abstractmethod
     def get(self, key: CacheKey) -> DocumentCache | None:
-        """The stored cache, or None. Rows may be read later: `layers.fetch` raises DamagedCache if they are not intact."""
+        """The stored cache, or None. Rows may be read later; `layers.fetch` raises DamagedCache if they are damaged."""
 
     @abstractmethod
-    def put(self, cache: DocumentCache, *, title: str = "", namespace: str = "default", ttl: float | None = None) -> None:
+    def put(
+        self, cache: DocumentCache, *, title: str = "", namespace: str = "default", ttl: float | None = None
+    ) -> None:
         """Store a cache (seconds to live `ttl`). Raises StoreUnavailable when it cannot be written."""
 
     @abstractmethod
@@ -65,6 +67,10 @@ class CacheStore(ABC):
     @abstractmethod
     def entries(self) -> Iterator[Entry]:
         """Every stored document."""
+
+    def entry(self, key: str) -> Entry | None:
+        """One stored document; does not count as use."""
+        return next((entry for entry in self.entries() if entry.key == key), None)
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -90,8 +96,8 @@ class CacheStore(ABC):
         """Announce that this process will encode `key`; False if another live process already has."""
         return True
 
-    def release(self, key: str) -> None:
+    def release(self, key: str) -> None:  # noqa: B027 - stores without claims need none
         """Withdraw a claim."""
 
-    def close(self) -> None:
-        """Release files and connections."""
+    def close(self) -> None:  # noqa: B027 - memory has nothing to close
+        """Write what is pending and release files and connections; the store may be used again."""
