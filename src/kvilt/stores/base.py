@@ -92,6 +92,9 @@ class CacheStore(ABC):
     def verify(self) -> list[tuple[str, str]]:
         """Read every document completely; (key, reason) of each damaged one, which is set aside."""
 
+    def touch(self, key: str) -> None:  # noqa: B027 - a store that evicts nothing need not care
+        """Note a use that a faster store answered, so that what is popular there is not evicted here."""
+
     def claim(self, key: str) -> bool:
         """Announce that this process will encode `key`; False if another live process already has."""
         return True

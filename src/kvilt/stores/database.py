@@ -67,11 +67,6 @@ class Database:
                     _inherited.append(self._db)
             self._db = None
 
-    @property
-    def opened(self) -> bool:
-        """Whether there is a connection of this process."""
-        return self._db is not None and self._opened[0] == os.getpid()
-
     def _transact(self, work: Callable[[sqlite3.Connection], T], write: bool) -> T:
         db = self._connection()
         db.execute("BEGIN IMMEDIATE" if write else "BEGIN")

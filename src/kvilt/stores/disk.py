@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class DiskStore(CacheStore):
         except OSError as error:
             raise _unavailable(error, "cannot make the store", self.path) from error
         self._folder = Folder(self.path)
-        self._index = Index(self.path / "index.sqlite", make_policy(policy), self._scan)
+        me = weakref.proxy(self)  # the index must not keep the store alive: its end writes the last uses
+        self._index = Index(self.path / "index.sqlite", make_policy(policy), lambda: me._scan())
+        weakref.finalize(self, self._index.close)
         self._writing = threading.Lock()
         self._refused: set[str] = set()  # damaged, but could not be moved away
 
@@ -70,6 +73,7 @@ class DiskStore(CacheStore):
             self._index.count("misses")
         else:
             self._index.touch(key.digest)
+            self._index.count("hits")
         return cache
 
     def put(
@@ -134,6 +138,9 @@ class DiskStore(CacheStore):
             raise _unavailable(error, "cannot pin in the store", self.path) from error
         self._index.set_pinned(key, pinned)
         return True
+
+    def touch(self, key: str) -> None:
+        self._index.touch(key)
 
     def set_aside(self, key: str, reason: str) -> None:
         if self._move_aside(key, reason):

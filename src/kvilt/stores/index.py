@@ -60,15 +60,13 @@ class Index:
         """Note a use; written later."""
         with self._database.lock:
             self._uses[key] = (self._uses.get(key, (0, 0.0))[0] + 1, time.time())
-            self.count("hits")
+            self._flush_if_due()
 
     def count(self, name: str) -> None:
         """Raise a counter; written later."""
         with self._database.lock:
             self.note(name)
-            if sum(self._counts.values()) >= FLUSH_USES or time.monotonic() - self._flushed > FLUSH_SECONDS:
-                with contextlib.suppress(StoreUnavailable):  # uses are worth no error
-                    self.flush()
+            self._flush_if_due()
 
     def note(self, name: str) -> None:
         """Raise a counter without touching the database."""
@@ -78,7 +76,7 @@ class Index:
         """Write gathered uses and counters."""
         with self._database.lock:
             self._flushed = time.monotonic()
-            if self._counts:
+            if self._counts or self._uses:
                 self._write(self._flush)
                 self._uses.clear()
                 self._counts.clear()
@@ -176,9 +174,8 @@ class Index:
     def close(self) -> None:
         """Write what is pending and close the database; the next call opens it again."""
         with self._database.lock:
-            if self._database.opened or self._counts:
-                with contextlib.suppress(StoreUnavailable):
-                    self.flush()
+            with contextlib.suppress(StoreUnavailable):
+                self.flush()
             self._database.close()
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -206,6 +203,11 @@ class Index:
         clock = _clock(db)
         rows = ((*_row(e), self._policy.score(e.hits, e.tokens, e.bytes, clock)) for e in entries)
         db.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def _flush_if_due(self) -> None:
+        if len(self._uses) >= FLUSH_USES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            with contextlib.suppress(StoreUnavailable):  # uses are worth no error
+                self.flush()
 
     def _flush(self, db: sqlite3.Connection) -> None:
         for name, number in self._counts.items():

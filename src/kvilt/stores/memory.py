@@ -99,6 +99,11 @@ class MemoryStore(CacheStore):
             held.entry = dataclasses.replace(held.entry, pinned=pinned)
             return True
 
+    def touch(self, key: str) -> None:
+        with self._lock:
+            if key in self._held:
+                self._use(self._held[key])
+
     def set_aside(self, key: str, reason: str) -> None:
         with self._lock:
             self._damaged += self._drop(key) > 0

@@ -51,6 +51,8 @@ class TieredStore(CacheStore):
             if cache is not None and level:
                 cache = self._promote(cache, level)
             if cache is not None:
+                for slower in self.stores[level + 1 :]:
+                    slower.touch(key.digest)
                 break
         with self._lock:
             self._hits += cache is not None
@@ -98,6 +100,10 @@ class TieredStore(CacheStore):
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         return sum([store.pin(key, pinned) for store in self.stores]) > 0
+
+    def touch(self, key: str) -> None:
+        for store in self.stores:
+            store.touch(key)
 
     def set_aside(self, key: str, reason: str) -> None:
         for store in self.stores:
