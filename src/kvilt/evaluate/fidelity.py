@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kvilt.errors import ModelError
 from kvilt.evaluate.metrics import normalise
 
 
 def divergence(full: Tensor, strategy: Tensor) -> float:
-    """Mean KL(full || strategy) in nats over positions, both (tokens, vocab) logits."""
+    """Mean KL(full || strategy) in nats over positions, both (tokens, vocab) logits. Raises ModelError for NaN."""
     p, q = full.float().log_softmax(-1), strategy.float().log_softmax(-1)
     terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))  # a token that full rules out weighs nothing
-    return max(0.0, float(terms.sum(-1).mean()))
+    mean = float(terms.sum(-1).mean())
+    if math.isnan(mean):
+        raise ModelError("the model's logits are not numbers (NaN): check its weights and dtype.")
+    return mean if mean > 0 else 0.0  # rounding may leave it just below
 
 
 def same_text(a: str, b: str) -> bool:

@@ -94,9 +94,18 @@ def _place(rows: Rows) -> tuple[int, float, str]:
 
 def report(out_dir: str | Path, by: str | None = None) -> str:
     """The Markdown report: a table for every task, with how it was made."""
-    text = "\n\n".join(_section(task, rows, by) for task, rows in load(out_dir).items()) + "\n"
+    tasks = load(out_dir)
+    if by is not None:
+        _check_key(by, [r for rows in tasks.values() for row in rows for r in row.records])
+    text = "\n\n".join(_section(task, rows, by) for task, rows in tasks.items()) + "\n"
     (Path(out_dir) / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _check_key(by: str, records: Sequence[dict[str, Any]]) -> None:
+    known = {key for record in records for key in record["metadata"]}
+    if by not in known:
+        raise UserError(f"no sample tells its {by!r}. Known: {', '.join(sorted(known)) or 'nothing'}.")
 
 
 def _section(task: str, rows: Sequence[Rows], by: str | None) -> str:
@@ -108,8 +117,7 @@ def _section(task: str, rows: Sequence[Rows], by: str | None) -> str:
     if others:
         cells = [[r.header["name"], *(_scored(r.score(m)) for m in others)] for r in rows]
         parts.append(_table(["strategy", *(f"{m} [95 %]" for m in others)], cells))
-    if by is not None:
-        parts.append(_split_table(task, rows, by))
+    parts += [_split_table(rows, by)] if by and any(by in r["metadata"] for r in rows[0].records) else []
     return "\n\n".join([*parts, _making(rows)])
 
 
@@ -140,20 +148,14 @@ def _against(rows: Rows, full: Rows) -> str:
     return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
-def _split_table(task: str, rows: Sequence[Rows], by: str) -> str:
-    values = sorted({r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}, key=_sortable)
-    if not values:
-        known = sorted({key for row in rows for r in row.records for key in r["metadata"]})
-        raise UserError(f"no sample of {task} tells its {by!r}. Known: {', '.join(known) or 'nothing'}.")
-    cells = [
-        [r.header["name"], *(_scored(part.score()) if part.records else "" for part in _parts(r, by, values))]
-        for r in rows
-    ]
+def _split_table(rows: Sequence[Rows], by: str) -> str:
+    found = {str(r["metadata"][by]): r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}
+    values = sorted(found.values(), key=_sortable)
+    cells = []
+    for row in rows:
+        parts = [row.where(by, value) for value in values]
+        cells.append([row.header["name"], *(_scored(part.score()) if part.records else "" for part in parts)])
     return _table([f"{rows[0].headline} by {by}", *map(str, values)], cells)
-
-
-def _parts(rows: Rows, by: str, values: Sequence[Any]) -> list[Rows]:
-    return [rows.where(by, value) for value in values]
 
 
 def _sortable(value: object) -> tuple[bool, float, str]:

@@ -88,12 +88,12 @@ def run(
 
 
 def choose(task: Task, limit: int | None, seed: int, *, shuffle: bool = False, first: bool = False) -> list[Sample]:
-    """The samples that a run answers, documents shuffled if asked for; groups stay together."""
+    """The samples that a run answers, documents shuffled if asked for."""
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}.")
     samples = list(task.samples())
     if not first:
-        samples.sort(key=lambda s: digest_of(str(seed), s.group))  # stable: a group keeps its own order
+        samples.sort(key=lambda s: digest_of(str(seed), s.id))
     chosen = samples[:limit]
     twice = [name for name, count in Counter(s.id for s in chosen).items() if count > 1]
     if twice:
