@@ -3,12 +3,14 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import data
 import pytest
 
 from kvilt import registry
 from kvilt.errors import DocumentError, UserError
+from kvilt.evaluate import metrics
 
 
 def samples(spec, split=None):
@@ -145,3 +147,17 @@ def test_babi_bad_lines(tmp_path, text, message):
     (tmp_path / "qa1_x_test.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         samples(f"babi:path={tmp_path}")
+
+
+def test_the_documentation_names_every_task_and_its_example_runs():
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name in registry.TABLE["task"]:
+        assert f"| `{name}` |" in text
+    for name in metrics.METRICS:
+        assert name in text
+    example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1].replace(
+        "from kvilt import", "from kvilt.types import"
+    )
+    scope: dict = {"__name__": __name__}
+    exec(example, scope)
+    assert len(list(scope["Echo"](count=3).samples())) == 3
