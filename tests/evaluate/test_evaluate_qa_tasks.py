@@ -5,7 +5,7 @@ import json
 import sys
 from types import ModuleType
 
-import data
+import evaluate_data as data
 import pytest
 
 from kvilt import registry

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-import data
+import evaluate_data as data
 import pytest
 
 from kvilt import registry

@@ -2,9 +2,10 @@
 
 import json
 
-import data
+import evaluate_data as data
 import pytest
-from fakes import FakeEngine, FakeStrategy
+import torch
+from evaluate_fakes import FakeEngine, FakeStrategy
 
 from kvilt.errors import MissingExtra, UserError
 from kvilt.evaluate.records import read
@@ -208,6 +209,7 @@ def test_plot(tmp_path, spec, monkeypatch):
 def test_with_a_real_engine(tmp_path, model_dir, spec):
     from kvilt.engine import Engine
 
+    torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
     engine = Engine.load(str(model_dir), "full", "memory")
     paths = run(engine, ["naive", "epic:tokens=2"], spec + ",answer_tokens=3", tmp_path / "out", limit=2)
     full, floor, naive, epic = (read(p)[1] for p in paths)
