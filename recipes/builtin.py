@@ -1,0 +1,237 @@
+"""Train the built-in model: `python recipes/builtin.py --out DIR [--babi FOLDER]`; killed, it goes on from its last step."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from builtin_data import Encoder, Mix, collate, mask, rows, snippets
+from builtin_eval import accuracy, logits, samples, table
+from builtin_optim import optimizers
+from builtin_tokenizer import SPECIALS, obtain
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvilt.builtin import babi
+from kvilt.builtin.samples import Sample
+
+SEED = 1
+LENGTH = 512
+# Copying warm-up: symbols, tokens per row, share of the warm-up. Short rows first: the circuit shows sooner there.
+LEVELS = [(300, 64, 0.4), (300, 128, 0.15), (100, 256, 0.15), (30, 256, 0.15), (10, 256, 0.15)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long every part of the training takes, in steps."""
+
+    rows: int = 16
+    warmup: int = 1000
+    grow: int = 1200  # steps in which contexts grow from three pages to nine
+    total: int = 4500
+    decay: float = 0.4  # share of the steps in which the learning rate falls to zero
+    layers: int = 5
+    width: int = 192
+    heads: int = 6
+    inner: int = 512
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rates."""
+        left = (self.total - step) / (self.total * self.decay)
+        return min(1.0, (step + 1) / 50, max(left, 0.0))
+
+    def mix(self, step: int) -> Mix:
+        """What the rows of a step contain."""
+        grown = min(1.0, max(0.0, (step - self.warmup) / self.grow))
+        return Mix(3 + round(6 * grown), 0.6 * grown, 0.15, 0.2)
+
+
+def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
+    """The untrained model."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=plan.width,
+        num_hidden_layers=plan.layers,
+        num_attention_heads=plan.heads,
+        num_key_value_heads=2,
+        intermediate_size=plan.inner,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass
+class Source:
+    """Makes the batch of any step from the step alone, so that a resumed run sees what it would have seen."""
+
+    encoder: Encoder
+    plan: Plan
+    stories: list[Sample]
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Token tensors of one step."""
+        rng = random.Random(SEED * 1_000_003 + step)
+        if step < self.plan.warmup:
+            return self.copying(random.Random(step), step / self.plan.warmup)
+        made = rows(self.encoder, rng, self.plan.mix(step), self.stories, self.plan.rows, LENGTH)
+        return collate(made, LENGTH, 0)
+
+    def copying(self, rng: random.Random, progress: float) -> dict[str, Tensor]:
+        """A batch of repeated snippets over the symbols of the current level."""
+        for size, length, share in LEVELS:
+            progress -= share
+            if progress < 0:
+                break
+        # Always the same symbols: with a set drawn anew each step nothing was learnt in 100 steps.
+        symbols = random.Random(SEED).sample(range(400, len(self.encoder.tokenizer)), LEVELS[0][0])[:size]
+        return collate(snippets(rng, symbols, 4096 // length, length), length, 0)
+
+
+_source: Source | None = None
+
+
+def _start(source: Source) -> None:
+    global _source
+    torch.set_num_threads(1)
+    _source = source
+
+
+def _batch(step: int) -> dict[str, Tensor]:
+    assert _source is not None
+    return _source.batch(step)
+
+
+def batches(source: Source, first: int, last: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Batches made one ahead in a process of their own."""
+    with ProcessPoolExecutor(1, initializer=_start, initargs=(source,)) as pool:
+        waiting: list[Future[dict[str, Tensor]]] = [pool.submit(_batch, first), pool.submit(_batch, first + 1)]
+        for step in range(first, last):
+            batch = waiting.pop(0).result()
+            waiting.append(pool.submit(_batch, min(step + 2, last)))
+            yield step, batch
+
+
+class Trainer:
+    """Model, optimizers and their checkpoint."""
+
+    def __init__(self, out: Path, plan: Plan, encoder: Encoder, compiled: bool) -> None:
+        self.out, self.plan, self.encoder = out, plan, encoder
+        self.model = make(plan, len(encoder.tokenizer))
+        self.optimizers = optimizers(self.model)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.first = 0
+        self.checkpoint = out / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self.resume()
+        self.inner = self.model.model
+        self.compiled = torch.compile(self.inner) if compiled else self.inner
+
+    def resume(self) -> None:
+        """Take up the state of an earlier run."""
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.first = int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def step(self, step: int, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """One update; returns loss and the share of right tokens among the labels of values (or all)."""
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * self.plan.rate(step)
+            optimizer.zero_grad()
+        self.model.model = self.compiled if step >= self.plan.warmup else self.inner
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores, labels = logits(self.model, batch, mask(batch))
+        self.model.model = self.inner
+        loss = F.cross_entropy(scores.float(), labels)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is unharmed")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        values = batch["value"][batch["label"] != -100] == 1
+        values = values if values.any() else torch.ones_like(values)
+        return loss.item(), (scores.argmax(-1) == labels)[values].float().mean().item()
+
+    def evaluate(self, tests: list[Sample]) -> str:
+        """The table of held-out accuracies."""
+        full = accuracy(self.model, self.encoder, tests, block=False)
+        return table(full, accuracy(self.model, self.encoder, tests, block=True))
+
+    def run(self, source: Source, tests: list[Sample], every: int) -> None:
+        """Train to the end, with a checkpoint and a small evaluation now and then."""
+        began, spent = time.time(), []
+        for step, batch in batches(source, self.first, self.plan.total):
+            spent.append(self.step(step, batch))
+            if (step + 1) % 50 == 0:
+                loss, right = (sum(column) / len(spent) for column in zip(*spent, strict=True))
+                speed = (time.time() - began) / len(spent)
+                print(f"step {step + 1} loss {loss:.3f} right {right:.3f} {speed:.2f} s/step", flush=True)
+                began, spent = time.time(), []
+            if (step + 1) % 250 == 0:
+                self.save(step + 1)
+            if (step + 1) % every == 0 and step >= self.plan.warmup:
+                print(self.evaluate(tests), flush=True)
+                began = time.time()
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and finished model")
+    parser.add_argument("--babi", type=Path, help="folder with bAbI en-10k; without it the model does not learn bAbI")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compile the model first (needs a C++ compiler)")
+    parser.add_argument("--every", type=int, default=500, help="steps between evaluations")
+    for name in ("rows", "warmup", "grow", "total", "layers", "width", "heads", "inner"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Tokenizer, training, final evaluation, saved model."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    learnt = babi.load(args.babi, "train") if args.babi else []
+    asked = babi.load(args.babi, "test") if args.babi else []
+    encoder = Encoder(obtain(args.out, SEED, learnt[:2000]))
+    names = ("rows", "warmup", "grow", "total", "layers", "width", "heads", "inner")
+    plan = Plan(**{name: getattr(args, name) for name in names})
+    trainer = Trainer(args.out, plan, encoder, args.compile)
+    print(f"{trainer.model.num_parameters():,} parameters, {len(encoder.tokenizer)} tokens", flush=True)
+    few = samples(SEED + 1, 60) + random.Random(SEED).sample(asked, min(len(asked), 60))
+    trainer.run(Source(encoder, plan, learnt), few, args.every)
+    print(trainer.evaluate(samples(SEED + 2, 400) + asked[::8]), flush=True)
+    trainer.model.save_pretrained(args.out / "model")
+    encoder.tokenizer.save_pretrained(args.out / "model")
+
+
+if __name__ == "__main__":
+    assert SPECIALS[:3] == ["<|pad|>", "<|bos|>", "<|end|>"]
+    main()

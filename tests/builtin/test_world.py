@@ -1,0 +1,86 @@
+"""The built-in world: splits never share names, values or sentence patterns, and every question has its answer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvilt.builtin import contexts, stories, templates
+from kvilt.builtin.samples import Sample
+from kvilt.builtin.world import World, held_out
+
+
+def made(split: str, count: int = 40) -> list[Sample]:
+    """Contexts of one split."""
+    rng = random.Random(7)
+    return [contexts.build(rng, split, rng.randint(3, 8)) for _ in range(count)]
+
+
+def last_names(split: str) -> set[str]:
+    """Last names of many people of one split."""
+    worlds = [World(random.Random(seed), split) for seed in range(200)]
+    return {world.person().name.split()[1] for world in worlds}
+
+
+def test_splits_share_no_names() -> None:
+    train, test = last_names("train"), last_names("test")
+    assert train and test and not train & test
+    assert all(held_out(name) for name in test)
+
+
+def test_splits_share_no_values() -> None:
+    values = {split: {q.value for sample in made(split) for q in sample.questions} for split in ("train", "test")}
+    assert not values["train"] & values["test"]
+
+
+def test_splits_share_no_question_patterns() -> None:
+    rng = random.Random(1)
+    train = {templates.question(rng, ("born",), "X") for _ in range(500)}
+    test = {templates.question(rng, ("born",), "X", test=True) for _ in range(500)}
+    assert test - train, "the test must have patterns of its own"
+
+
+def test_same_seed_same_sample() -> None:
+    first, second = (contexts.build(random.Random(5), "train", 6) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_hold_the_value_and_pages_state_it(split: str) -> None:
+    for sample in made(split):
+        text = " ".join(page.render() for page in sample.pages)
+        for question in sample.questions:
+            assert question.value in question.answer
+            assert question.value in text
+            assert question.after == len(sample.pages)
+
+
+def test_chunked_questions_need_an_earlier_page() -> None:
+    for sample in made("train"):
+        for question in sample.questions:
+            subject_known = question.answer.split(question.value)[0].split()[0] in sample.pages[question.pages[0]].render()
+            if question.kind == "one_hop":
+                assert question.value in sample.pages[question.pages[0]].render()
+                assert subject_known
+
+
+def test_all_kinds_occur() -> None:
+    kinds = {question.kind for sample in made("test") for question in sample.questions}
+    assert kinds == {"one_hop", "two_hop", "chunked", "chunked_hop"}
+
+
+def test_story_states_follow_the_text() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        sample = stories.build(rng, "test", 6)
+        for question in sample.questions:
+            text = " ".join(page.text for page in sample.pages[: question.after])
+            assert question.value in text
+
+
+def test_a_world_that_runs_dry_says_so() -> None:
+    world = World(random.Random(0), "test")
+    with pytest.raises(ValueError, match="no more"):
+        for _ in range(1000):
+            world.value("field")
