@@ -61,11 +61,9 @@ class DiskStore(CacheStore):
         except OSError as error:
             raise _unavailable(error, "cannot make the store", self.path) from error
         self._folder = Folder(self.path)
-        me = weakref.proxy(self)  # the index must not keep the store alive: its end writes the last uses
-        self._index = Index(self.path / "index.sqlite", make_policy(policy), lambda: me._scan())
-        weakref.finalize(self, self._index.close)
+        self._index = Index(self.path / "index.sqlite", make_policy(policy), self._folder.entries)
+        weakref.finalize(self, self._index.close)  # a store that is never closed writes its last uses too
         self._writing = threading.Lock()
-        self._refused: set[str] = set()  # damaged, but could not be moved away
 
     def get(self, key: CacheKey) -> DocumentCache | None:
         cache = self._open(key)
@@ -91,13 +89,13 @@ class DiskStore(CacheStore):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     sync_folder(self.path)
                 write_file(path, cache, title=title, namespace=namespace, created=now, expires=expires)
-                self._refused.discard(key)
+                self._folder.refused.discard(key)
             except OSError as error:
                 raise _unavailable(error, "cannot write to the store", self.path) from error
             self._register(key, namespace)
 
     def contains(self, keys: Iterable[str]) -> set[str]:
-        there = {key for key in keys if key not in self._refused and self._folder.file(key).exists()}
+        there = {key for key in keys if key not in self._folder.refused and self._folder.file(key).exists()}
         if there:
             with contextlib.suppress(StoreUnavailable):
                 there -= {key for key in self._index.expired(time.time()) if not self._folder.pinned(key)}
@@ -143,10 +141,9 @@ class DiskStore(CacheStore):
         self._index.touch(key)
 
     def set_aside(self, key: str, reason: str) -> None:
-        if self._move_aside(key, reason):
+        if self._folder.take_out(key, reason):
             self._index.count("damaged")
-        with contextlib.suppress(StoreUnavailable):
-            self._index.remove([key])
+        self._index.remove([key])
 
     def gc(self) -> int:
         now = time.time()
@@ -182,14 +179,13 @@ class DiskStore(CacheStore):
             return True  # without coordination work may be done twice, which harms nothing
 
     def release(self, key: str) -> None:
-        with contextlib.suppress(StoreUnavailable):
-            self._index.release(key)
+        self._index.release(key)
 
     def close(self) -> None:
         self._index.close()
 
     def _open(self, key: CacheKey) -> DocumentCache | None:
-        if key.digest in self._refused:
+        if key.digest in self._folder.refused:
             return None
         try:
             cache = open_file(self._folder.file(key.digest), key)
@@ -209,7 +205,7 @@ class DiskStore(CacheStore):
 
     def _live_header(self, key: str) -> Header | None:
         """The header of a document that `get` would find."""
-        if key in self._refused:
+        if key in self._folder.refused:
             return None
         try:
             header = read_header(self._folder.file(key))
@@ -232,7 +228,9 @@ class DiskStore(CacheStore):
     def _evict(self, size: int, namespace: str, keep: str = "") -> int:
         if self._limits == Limits():
             return 0
-        victims = self._index.victims(self._limits, size, namespace, keep)
+        victims = self._index.victims(  # pinned by the files, whatever the index knows of it
+            self._limits, size, namespace, lambda key: key == keep or self._folder.pinned(key)
+        )
         freed = sum(self._remove(victim.key) for victim in victims)
         self._index.evicted(victims)
         return freed
@@ -243,37 +241,11 @@ class DiskStore(CacheStore):
         except OSError as error:
             raise _unavailable(error, "cannot delete from the store", self.path) from error
 
-    def _move_aside(self, key: str, reason: str) -> bool:
-        try:
-            place = self._folder.set_aside(key, reason)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._refused.add(key)
-            log.warning("stored document %s is damaged: %s. It stays in place: %s", key[:16], reason, error)
-            return True
-        log.warning("stored document %s is damaged: %s. It was moved to %s", key[:16], reason, place)
-        return True
-
-    def _scan(self) -> Iterator[Entry]:
-        """Every document, from the files alone."""
-        return self._describe(self._folder.scan())
-
-    def _describe(self, keys: Iterable[str]) -> Iterator[Entry]:
-        for key in keys:
-            try:
-                yield self._folder.describe(key)
-            except DamagedCache as error:
-                if self._move_aside(key, error.reason):
-                    self._index.note("damaged")
-            except OSError:
-                continue
-
     def _reconcile(self) -> None:
         """Adopt files the index does not know; forget rows without a file."""
         known = {entry.key for entry in self._index.entries()}
-        self._index.insert(list(self._describe(key for key in self._folder.scan() if key not in known)))
-        self._index.remove(key for key in known if not self._folder.file(key).exists())
+        self._index.insert(list(self._folder.entries(self._index.note, known)))
+        self._index.remove([key for key in known if not self._folder.file(key).exists()])
 
     def _read_all(self, key: str) -> None:
         cache = open_file(self._folder.file(key))

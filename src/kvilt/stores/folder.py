@@ -9,18 +9,21 @@ index.sqlite              can be deleted at any time
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from kvilt.errors import DamagedCache
 from kvilt.stores.base import Entry
-from kvilt.stores.format import SUFFIX, read_header
+from kvilt.stores.format import SUFFIX, read_header, sync_folder
 from kvilt.stores.layers import Header
 from kvilt.stores.process import Owner
+
+log = logging.getLogger("kvilt")
 
 TEMPORARY_SECONDS = 3600.0  # no write takes longer, even on another host
 ASIDE_SECONDS = 86400.0
@@ -29,11 +32,12 @@ _SHARD = re.compile(r"[0-9a-f]{2}")
 
 
 class Folder:
-    """The folder of a disk store. Methods raise OSError."""
+    """The folder of a disk store. Methods raise OSError; `entries` and `take_out` do not."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.aside = root / "aside"
+        self.refused: set[str] = set()  # damaged, but they could not be moved away
 
     def file(self, key: str) -> Path:
         """Where a document lies."""
@@ -48,6 +52,7 @@ class Folder:
         mark = self.file(key).with_suffix(".pin")
         if pinned:
             mark.touch()
+            sync_folder(mark.parent)
         else:
             mark.unlink(missing_ok=True)
 
@@ -72,16 +77,41 @@ class Folder:
 
     def describe(self, key: str) -> Entry:
         """What the index should know of a document, read from its file. Raises DamagedCache."""
-        path = self.file(key)
-        header = read_header(path)
+        header = read_header(self.file(key))
         if header.key.digest != key:
             raise DamagedCache(key, f"it holds another document, {header.key.digest[:16]}")
         return entry_of(header, self.pinned(key))
 
-    def set_aside(self, key: str, reason: str) -> Path:
-        """Move a damaged file out of service, with the reason beside it; where it is now."""
-        self.aside.mkdir(exist_ok=True)
+    def entries(self, note: Callable[[str], None], known: Container[str] = ()) -> Iterator[Entry]:
+        """Every document not `known`, from the files alone; damaged ones are taken out and noted."""
+        for key in self.scan():
+            if key in known:
+                continue
+            try:
+                yield self.describe(key)
+            except DamagedCache as error:
+                if self.take_out(key, error.reason):
+                    note("damaged")
+            except OSError:
+                continue
+
+    def take_out(self, key: str, reason: str) -> bool:
+        """Move a damaged file out of service, with the reason beside it; whether there was one."""
+        try:
+            place = self._move_aside(key, reason)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self.refused.add(key)
+            log.warning("stored document %s is damaged: %s. It stays in place: %s", key[:16], reason, error)
+            return True
+        log.warning("stored document %s is damaged: %s. It was moved to %s", key[:16], reason, place)
+        return True
+
+    def _move_aside(self, key: str, reason: str) -> Path:
         target = self.aside / f"{key}-{time.time_ns()}{SUFFIX}"
+        self.file(key).stat()  # no folder for nothing
+        self.aside.mkdir(exist_ok=True)
         os.replace(self.file(key), target)
         self.set_pinned(key, False)
         with contextlib.suppress(OSError):  # a full disk must not keep a damaged file in service

@@ -6,9 +6,9 @@ read-only or full disk) one is built in memory. Uses are gathered and written to
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,7 @@ from kvilt.stores.policy import Limits, Policy, Standing
 from kvilt.stores.process import Owner
 
 T = TypeVar("T")
+log = logging.getLogger("kvilt")
 
 VERSION = 1
 CLAIM_SECONDS = 600.0
@@ -46,9 +47,13 @@ _SCHEMA = (
 
 
 class Index:
-    """The index of one store folder; `scan` lists the folder's documents. Methods raise StoreUnavailable."""
+    """The index of one store folder; `scan` lists the folder's documents and notes damaged ones.
 
-    def __init__(self, path: Path, policy: Policy, scan: Callable[[], Iterable[Entry]]) -> None:
+    What is written here repeats what the files say, so a failed write is logged and passed over; gathered uses wait.
+    Reading, and `claim`, raise StoreUnavailable.
+    """
+
+    def __init__(self, path: Path, policy: Policy, scan: Callable[[Callable[[str], None]], Iterable[Entry]]) -> None:
         self._policy = policy
         self._scan = scan
         self._database = Database(path, VERSION, self._build, self._prepare)
@@ -76,18 +81,17 @@ class Index:
         """Write gathered uses and counters."""
         with self._database.lock:
             self._flushed = time.monotonic()
-            if self._counts or self._uses:
-                self._write(self._flush)
+            if (self._counts or self._uses) and self._note(self._flush):
                 self._uses.clear()
                 self._counts.clear()
 
     def insert(self, entries: Iterable[Entry]) -> None:
         """Add documents that are not there yet."""
-        self._write(lambda db: self._insert(db, entries))
+        self._note(lambda db: self._insert(db, entries))
 
     def remove(self, keys: Iterable[str]) -> None:
         """Forget documents."""
-        self._write(lambda db: _delete(db, keys))
+        self._note(lambda db: _delete(db, keys))
 
     def entries(self) -> list[Entry]:
         """All documents, oldest first."""
@@ -106,7 +110,7 @@ class Index:
 
     def set_pinned(self, key: str, pinned: bool) -> None:
         """Mark a document as pinned or not."""
-        self._write(lambda db: db.execute("UPDATE entries SET pinned = ? WHERE key = ?", (pinned, key)))
+        self._note(lambda db: db.execute("UPDATE entries SET pinned = ? WHERE key = ?", (pinned, key)))
 
     def held(self) -> int:
         """Bytes of all documents."""
@@ -122,13 +126,13 @@ class Index:
         query = "SELECT name, value FROM counters UNION SELECT 'entries', COUNT(*) FROM entries"
         return self._read(lambda db: {name: int(value) for name, value in db.execute(query)})
 
-    def victims(self, limits: Limits, size: int, namespace: str, keep: str = "") -> list[Standing]:
-        """Whom to evict for `size` more bytes; `keep` never."""
+    def victims(self, limits: Limits, size: int, namespace: str, keep: Callable[[str], bool]) -> list[Standing]:
+        """Whom to evict for `size` more bytes; those that `keep` names never."""
         self.flush()
 
         def choose(db: sqlite3.Connection) -> list[Standing]:
             def ranked(scope: str | None) -> Iterator[Standing]:
-                return (standing for standing in _ranked(db, scope) if standing.key != keep)
+                return (standing for standing in _ranked(db, scope) if not keep(standing.key))
 
             return limits.victims(size, namespace, lambda scope: _held(db, scope), ranked)
 
@@ -144,7 +148,7 @@ class Index:
             db.execute("INSERT OR REPLACE INTO counters VALUES ('clock', ?)", (clock,))
 
         if victims:
-            self._write(forget)
+            self._note(forget)
 
     def claim(self, key: str) -> bool:
         """Take the right to encode `key`, unless another live process took it less than ten minutes ago."""
@@ -159,35 +163,39 @@ class Index:
             db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?)", (key, me.host, me.pid, me.start, now))
             return True
 
-        return self._write(take)
+        return self._database.run(take, write=True)
 
     def release(self, key: str) -> None:
         """Give up this process's claim."""
         me = Owner.current()
         query = "DELETE FROM claims WHERE key = ? AND host = ? AND pid = ? AND start = ?"
-        self._write(lambda db: db.execute(query, (key, me.host, me.pid, me.start)))
+        self._note(lambda db: db.execute(query, (key, me.host, me.pid, me.start)))
 
     def drop_claims(self) -> None:
         """Forget claims that are too old to count."""
-        self._write(lambda db: db.execute("DELETE FROM claims WHERE taken < ?", (time.time() - CLAIM_SECONDS,)))
+        self._note(lambda db: db.execute("DELETE FROM claims WHERE taken < ?", (time.time() - CLAIM_SECONDS,)))
 
     def close(self) -> None:
         """Write what is pending and close the database; the next call opens it again."""
         with self._database.lock:
-            with contextlib.suppress(StoreUnavailable):
-                self.flush()
+            self.flush()
             self._database.close()
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         return self._database.run(work)
 
-    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return self._database.run(work, write=True)
+    def _note(self, work: Callable[[sqlite3.Connection], object]) -> bool:
+        try:
+            self._database.run(work, write=True)
+        except StoreUnavailable as error:
+            log.info("not noted: %s", error)
+            return False
+        return True
 
     def _build(self, db: sqlite3.Connection) -> None:
         for statement in _SCHEMA:
             db.execute(statement)
-        self._insert(db, self._scan())
+        self._insert(db, self._scan(self.note))
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         """Every score is of the policy in use, also when the store was last used with another."""
@@ -206,8 +214,7 @@ class Index:
 
     def _flush_if_due(self) -> None:
         if len(self._uses) >= FLUSH_USES or time.monotonic() - self._flushed > FLUSH_SECONDS:
-            with contextlib.suppress(StoreUnavailable):  # uses are worth no error
-                self.flush()
+            self.flush()
 
     def _flush(self, db: sqlite3.Connection) -> None:
         for name, number in self._counts.items():
