@@ -134,7 +134,7 @@ class Engine:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself."""
         from transformers import TextIteratorStreamer
 
-        pieces = TextIteratorStreamer(self.text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pieces = TextIteratorStreamer(self.text.tokenizer, skip_special_tokens=True)
         result: queue.Queue[Answer | BaseException] = queue.Queue()
 
         def work() -> None:

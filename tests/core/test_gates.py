@@ -1,0 +1,94 @@
+"""G1-G9 for every strategy on every model family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from conftest import model_of
+from kvilt import gates, registry
+from kvilt.engine import Engine
+from kvilt.stores.memory import MemoryStore
+from kvilt.strategies.base import Strategy
+from kvilt.text import TextFormat
+from kvilt.types import Document
+from kvilt.wrapper import Wrapper
+
+# A new strategy is one line here.
+MATRIX = [
+    "full",
+    "block",
+    "block:sink=system",
+    "block:sink=4",
+    "naive",
+    "kvlink:links=0",
+    "kvlink:links=1",
+    "kvlink:links=5",
+    "kv_packet:wrapper=WRAPPER",
+    "prompt_cache:slot=64",
+    "prompt_cache:consecutive=true",
+    "epic:tokens=0",
+    "epic:tokens=3",
+    "epic:tokens=16,sink=system",
+]
+DOCUMENTS = [
+    Document("Ada Lorn was born in Tavik. She left it young.", title="Ada", id="ada"),
+    Document("Brint Labs is in Orsa.", id="brint"),
+    Document("The river Sel runs from Orsa to the sea, slowly.", title="Sel", id="sel"),
+]
+QUESTION = "Where was Ada Lorn born?"
+
+
+@pytest.fixture(scope="session")
+def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random learned vectors for the tiny models (64 channels)."""
+    path = tmp_path_factory.mktemp("wrapper") / "wrapper.safetensors"
+    torch.manual_seed(5)
+    Wrapper(torch.randn(8, 64) * 0.4, torch.randn(8, 64) * 0.4).save(path)
+    return path
+
+
+def engine_of(family: str, spec: str, wrapper: Path) -> Engine:
+    strategy = registry.build("strategy", spec.replace("WRAPPER", str(wrapper)))
+    assert isinstance(strategy, Strategy)
+    return Engine(model_of(family), TextFormat.of(zoo.tokenizer()), strategy, MemoryStore(budget="1GB"))
+
+
+@pytest.mark.parametrize("spec", MATRIX)
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_gates(family: str, spec: str, wrapper: Path) -> None:
+    results = gates.run(engine_of(family, spec, wrapper), DOCUMENTS, QUESTION)
+    assert [r.gate for r in results] == [f"G{i}" for i in range(1, 10)]
+    assert not [r for r in results if not r.passed]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER"])
+def test_gates_in_half_precision(dtype: torch.dtype, spec: str, wrapper: Path) -> None:
+    """The documented tolerances hold: 0.02 of the largest logit in float16, 0.1 in bfloat16."""
+    from kvilt.model import Model
+
+    engine = engine_of("llama", spec, wrapper)
+    half = Engine(Model(zoo.hf_model("llama").to(dtype)), engine.text, engine.strategy, MemoryStore())
+    assert not [r for r in gates.run(half, DOCUMENTS, QUESTION) if not r.passed]
+
+
+def test_methods_really_differ(wrapper: Path) -> None:
+    """A matrix in which every method gave the same logits would prove nothing."""
+    specs = ["full", "block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "prompt_cache:slot=64", "epic:tokens=3"]
+    logits = [engine_of("llama", s, wrapper).answer(QUESTION, DOCUMENTS, max_new_tokens=1).logits for s in specs]
+    gaps = [float((a - b).abs().max()) for i, a in enumerate(logits) for b in logits[:i] if a is not None and b is not None]
+    assert min(gaps) > 1e-2
+
+
+def test_only_recompute_free_plans_without_links_are_suffixes(wrapper: Path) -> None:
+    suffix = {s: engine_of("llama", s, wrapper).plan(QUESTION, DOCUMENTS).is_suffix for s in MATRIX}
+    assert {s for s, yes in suffix.items() if not yes} == {
+        "kvlink:links=1",
+        "kvlink:links=5",
+        "epic:tokens=3",
+        "epic:tokens=16,sink=system",
+    }
