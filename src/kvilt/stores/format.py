@@ -226,25 +226,20 @@ def _parse(fd: int) -> Header:
     raw = raw[:length] if len(raw) >= length else os.pread(fd, length, 0)
     if not raw[8:].startswith(_OPENING):
         raise ValueError("its header is not one of Kvilt's")
-    if raw[_DIGEST_AT : _DIGEST_AT + 64] != _seal(raw):
-        raise ValueError(_version_problem(raw) or "its header does not match its digest")
     data = json.loads(raw[8:])
     meta = data.pop("__metadata__")
-    if problem := _version_problem(raw):
+    if problem := _version_problem(meta):
         raise ValueError(problem)
+    if raw[_DIGEST_AT : _DIGEST_AT + 64] != _seal(raw):
+        raise ValueError("its header does not match its digest")
     return _header_of(meta, _spans(data, json.loads(meta["digests"]), length, size), size)
 
 
-def _version_problem(raw: bytes) -> str:
+def _version_problem(meta: dict[str, str]) -> str:
     """Why another version's file cannot be read (empty if it is not that)."""
-    try:
-        meta = json.loads(raw[8:])["__metadata__"]
-        version, codec = meta["version"], meta["codec"]
-    except (ValueError, KeyError, TypeError):
-        return ""
-    if version != VERSION:
-        return f"it has format version {version}, this Kvilt reads {VERSION}"
-    return "" if codec in READERS else f"its codec {codec!r} is not known to this Kvilt"
+    if meta["version"] != VERSION:
+        return f"it has format version {meta['version']}, this Kvilt reads {VERSION}"
+    return "" if meta["codec"] in READERS else f"its codec {meta['codec']!r} is not known to this Kvilt"
 
 
 def _spans(tensors: dict[str, dict[str, list[int]]], digests: dict[str, str], base: int, size: int) -> dict[str, Span]:
