@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,3 +71,10 @@ def make_store(
 
 def last_tier(store: CacheStore) -> CacheStore:
     return store.stores[-1] if isinstance(store, TieredStore) else store
+
+
+def unit(make: Callable[..., CacheStore], **shape: int) -> int:
+    """Bytes the last tier counts for one document."""
+    store = last_tier(make("unit"))
+    store.put(make_cache(999, **shape))
+    return store.stats().bytes
