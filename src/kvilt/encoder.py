@@ -90,13 +90,13 @@ class Encoder:
         unique = {item.key.digest: item for item in self.items(documents)}
         present = self.store.contains(unique)
         missing = [item for key, item in unique.items() if key not in present]
-        done, tokens, total = 0, 0, sum(len(i.ids) for i in missing)
+        encoded, done, tokens, total = 0, 0, 0, sum(len(i.ids) for i in missing)
         for batch in self._claimed(missing):
-            self._encode_claimed(batch)
-            done, tokens = done + len(batch), tokens + sum(len(i.ids) for i in batch)
+            mine = self._encode_claimed(batch)
+            encoded, done, tokens = encoded + len(mine), done + len(batch), tokens + sum(len(i.ids) for i in mine)
             if on_progress:
                 on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
-        return self._report(unique, done, tokens, time.perf_counter() - began)
+        return self._report(unique, encoded, tokens, time.perf_counter() - began)
 
     def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
         """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
@@ -150,12 +150,14 @@ class Encoder:
             elif waiting:
                 time.sleep(POLL_SECONDS)
 
-    def _encode_claimed(self, batch: list[Item]) -> None:
+    def _encode_claimed(self, batch: list[Item]) -> list[Item]:
+        """Encode and store what nobody has stored in the meantime; returns what that was."""
         try:
             stored = self.store.contains(i.key.digest for i in batch)  # finished by another process before the claim
             todo = [i for i in batch if i.key.digest not in stored]
             for item, cache in zip(todo, self._run(todo) if todo else [], strict=True):
                 self.store.put(cache, title=item.title, namespace=self.namespace, ttl=self.ttl)
+            return todo
         finally:
             for item in batch:
                 self.store.release(item.key.digest)

@@ -1,0 +1,183 @@
+"""What every verb shares: options that mean the same everywhere, exit codes, and what they open."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+
+import typer
+from typer import Option
+
+from kvilt.cli import talk
+from kvilt.errors import StoreError, StoreUnavailable, UserError
+
+if TYPE_CHECKING:
+    from kvilt.engine import Engine
+    from kvilt.stores.base import CacheStore
+    from kvilt.types import Document
+
+FAILED, USER, STORE, STOPPED = 1, 2, 3, 130
+SHOWN = 3  # skipped files named one by one
+
+Verb = Callable[..., int | None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a verb speaks."""
+
+    json: Annotated[bool, Option("--json", help="Print JSON on stdout.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show what the libraries say, too.")] = False
+
+
+@dataclass(frozen=True)
+class Stored(Output):
+    """A verb on a store."""
+
+    store: Annotated[
+        str,
+        Option("--store", envvar="KVILT_STORE", help="Where caches are kept: memory, disk or tiered, with options."),
+    ] = "disk"
+    namespace: Annotated[str | None, Option("--namespace", help="Whose documents (of a store that many share).")] = None
+
+    def open_store(self) -> CacheStore:
+        """The store. Raises SpecError, StoreUnavailable."""
+        from kvilt import registry
+
+        return cast("CacheStore", registry.build("store", self.store))
+
+    def read(self, paths: Sequence[str]) -> list[Document]:
+        """The documents that paths name; what is skipped is told."""
+        from kvilt.documents import read_documents
+
+        skipped: list[str] = []
+        documents = read_documents(paths, skipped.append)
+        for path in skipped[:SHOWN]:
+            talk.say(f"skipped {path}: not a .txt, .md or .jsonl file.")
+        if len(skipped) > SHOWN:
+            talk.say(f"skipped {len(skipped) - SHOWN} more files.")
+        return documents
+
+
+@dataclass(frozen=True)
+class Run(Stored):
+    """A verb that runs a model."""
+
+    model: Annotated[
+        str | None, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")
+    ] = None
+    strategy: Annotated[
+        str,
+        Option("--strategy", "-s", help="How caches are reused (kvilt list strategy), with options: kvlink:links=5."),
+    ] = "block"
+    dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
+    system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
+
+    def engine(self, *, without_store: bool = False) -> Engine:
+        """The engine. With `without_store` one that keeps caches in memory if the store cannot be opened."""
+        from kvilt import registry
+
+        if not self.model:
+            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
+        strategy = cast(Any, registry.build("strategy", self.strategy))  # before the model: mistakes show at once
+        try:
+            store = self.open_store()
+        except StoreUnavailable as error:
+            if not without_store:
+                raise
+            talk.warn(f"{error} Answering without it.")
+            store = dataclasses.replace(self, store="memory").open_store()
+        with talk.status(f"loading {self.model}"):
+            from kvilt.engine import Engine
+
+            talk.silence_libraries(self.verbose, self.quiet)
+            kind, place, space = self.dtype, self.device, self.namespace or "default"
+            return Engine.load(
+                self.model, strategy, store, system=self.system, dtype=kind, device=place, namespace=space
+            )
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How an answer is generated and given; greedy unless a temperature or a top-p is given."""
+
+    max_new_tokens: Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer.")] = 128
+    temperature: Annotated[float | None, Option("--temperature", min=0, help="Sample; 0 is greedy.")] = None
+    top_p: Annotated[float | None, Option("--top-p", min=0, max=1, help="Sample from the likeliest tokens.")] = None
+    seed: Annotated[int | None, Option("--seed", help="Sample the same answer again.")] = None
+    stream: Annotated[bool, Option("--stream", help="Print the answer while it is generated.")] = False
+    logits: Annotated[Path | None, Option("--logits", help="Write the first token's logits (safetensors).")] = None
+    explain: Annotated[bool, Option("--explain", help="Show the plan of the prompt on stderr.")] = False
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine.answer`."""
+        wanted: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        if (self.temperature or (self.temperature is None and self.top_p is not None)) and self.top_p != 0:
+            wanted |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+def verb(app: typer.Typer, name: str | None = None, **settings: Any) -> Callable[[Verb], Verb]:
+    """Register a function with a parameter `options: Output` as a verb; it returns 1 when a check failed."""
+
+    def register(function: Verb) -> Verb:
+        app.command(name, **settings)(flat(function))
+        return function
+
+    return register
+
+
+def flat(function: Verb) -> Callable[..., None]:
+    """A function as typer should see it: the fields of its option groups are parameters of their own."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    own = [p.replace(annotation=hints[n]) for n, p in inspect.signature(function).parameters.items() if n not in groups]
+    grouped = [field for group in groups.values() for field in _fields(group)]
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
+        with talk.speaking(given["options"].quiet), exits():
+            if code := function(**given):
+                raise typer.Exit(code)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *grouped)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    """Options of a group, those of the most special class first."""
+    hints = get_type_hints(group, include_extras=True)
+    inherited = {f.name for base in group.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+    ordered = sorted(dataclasses.fields(group), key=lambda f: f.name in inherited)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in ordered
+    ]
+
+
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """Turn what can go wrong into one message on stderr and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        talk.fail(str(error))
+        raise typer.Exit(USER) from error
+    except StoreError as error:
+        talk.fail(str(error))
+        raise typer.Exit(STORE) from error
+    except KeyboardInterrupt as error:
+        talk.fail(f"stopped. {error}".strip())
+        raise typer.Exit(STOPPED) from error

@@ -1,0 +1,153 @@
+"""Reading documents: .txt, .md and .jsonl files, folders of them, and standard input.
+
+.txt     the whole file; no title
+.md      the whole file; a heading in its first line becomes the title
+.jsonl   one document a line: {"text": ..., "title": ..., "id": ...}, of which only the text is required
+folder   every such file in it and below, sorted by name; hidden files are passed over, others reported and skipped
+-        standard input: JSON lines if its first line is an object with a text, otherwise one text
+
+A document's id is its path as given (folders: joined with the path below), for JSON lines without an id path:line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from kvilt.errors import DocumentError
+from kvilt.types import Document
+
+STDIN = "-"
+SUFFIXES = (".txt", ".md", ".jsonl")
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_documents(paths: Sequence[str], on_skip: Callable[[str], None] = lambda path: None) -> list[Document]:
+    """Every document that the paths name, in their order; `on_skip` hears of files in folders that are no documents.
+
+    Raises DocumentError for whatever cannot be read, naming the file and the line or byte."""
+    found = [document for path in paths for document in _read(path, on_skip)]
+    if paths and not found:
+        raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join(SUFFIXES)} files.")
+    return found
+
+
+def _read(path: str, on_skip: Callable[[str], None]) -> Iterator[Document]:
+    if path == STDIN:
+        yield from _stdin(sys.stdin.buffer.read())
+    elif os.path.isdir(path):
+        for file in _walk(path, on_skip):
+            yield from _file(file)
+    elif not os.path.exists(path):
+        raise DocumentError(f"no such file or folder: {path}.")
+    elif not _is_document(path):
+        raise DocumentError(f"{path} is none of {', '.join(SUFFIXES)}: convert it to text first.")
+    else:
+        yield from _file(path)
+
+
+def _walk(folder: str, on_skip: Callable[[str], None]) -> Iterator[str]:
+    """Documents in a folder and below, sorted; hidden files and folders are passed over."""
+
+    def refuse(error: OSError) -> None:
+        raise DocumentError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = os.path.join(root, name)
+            if _is_document(name):
+                yield path
+            else:
+                on_skip(path)
+
+
+def _is_document(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _file(path: str) -> Iterator[Document]:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DocumentError(f"cannot read {path}: {error.strerror}.") from error
+    name, text = Path(path).as_posix(), _decode(data, path)
+    if path.lower().endswith(".jsonl"):
+        yield from _lines(text, name)
+    else:
+        title, text = _heading(text) if path.lower().endswith(".md") else (None, text)
+        yield _document(text, title, name, path)
+
+
+def _stdin(data: bytes) -> Iterator[Document]:
+    text = _decode(data, "standard input")
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    try:
+        is_lines = "text" in dict(json.loads(first))
+    except (ValueError, TypeError):
+        is_lines = False
+    if is_lines:
+        yield from _lines(text, "stdin")
+    else:
+        yield _document(text, None, "stdin", "standard input")
+
+
+def _decode(data: bytes, where: str) -> str:
+    if data.startswith(UTF16):
+        raise DocumentError(f"{where} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
+    if (at := data.find(b"\0")) >= 0:
+        raise DocumentError(f"{where} is a binary file (a zero byte at offset {at}): give its text instead.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        what = f"byte 0x{data[offset]:02x} at offset {offset}"
+        raise DocumentError(f"{where} is not UTF-8 ({what}). Convert it: iconv -f ENCODING -t UTF-8.") from error
+    return text.replace("\r\n", "\n")  # the same document must have the same cache on every system
+
+
+def _heading(text: str) -> tuple[str | None, str]:
+    """Title and text of a Markdown file: a heading in the first line that is not blank, if there is text after it."""
+    first, _, rest = text.lstrip().partition("\n")
+    marks, space, title = first.partition(" ")
+    is_heading = 1 <= len(marks) <= 6 and set(marks) == {"#"} and bool(space)
+    title = title.strip().rstrip("#").strip()
+    return (title, rest.lstrip("\n")) if is_heading and title and rest.strip() else (None, text)
+
+
+def _lines(text: str, name: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _parsed(line, f"{name}:{number}")
+
+
+def _parsed(line: str, where: str) -> Document:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DocumentError(f"{where} is not JSON: {error}. Every line must be one JSON object.") from error
+    except RecursionError as error:
+        raise DocumentError(f"{where} is nested too deeply to be a document.") from error
+    if not isinstance(fields, dict):
+        raise DocumentError(f'{where} is {type(fields).__name__}, not an object: write {{"text": "..."}}.')
+    if not isinstance(fields.get("text"), str):
+        raise DocumentError(f'{where} has no text: write {{"text": "..."}}.')
+    title, given = fields.get("title"), fields.get("id")
+    if not isinstance(title, str | None):
+        raise DocumentError(f"{where}: the title must be a text, not {title!r}.")
+    if not isinstance(given, str | int | None) or isinstance(given, bool):
+        raise DocumentError(f"{where}: the id must be a text or a number, not {given!r}.")
+    return _document(fields["text"], title or None, where if given in (None, "") else str(given), where)
+
+
+def _document(text: str, title: str | None, name: str, where: str) -> Document:
+    if not text.strip():
+        raise DocumentError(f"{where} is empty. Leave it out, or give it a text.")
+    try:
+        f"{title}{text}".encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{where} holds half a character (a lone surrogate): write it as UTF-8.") from error
+    return Document(text, title, name)
