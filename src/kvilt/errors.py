@@ -7,6 +7,7 @@ KviltError
 │   ├── PromptError         a question or prompt that cannot be answered
 │   ├── ModelError          a model Kvilt cannot serve exactly
 │   ├── WrapperError        learned vectors that do not belong to this model
+│   ├── TrainError           training data or settings that cannot be used, or a training that broke down
 │   └── MissingExtra        an optional package is not installed
 └── StoreError              a cache store failed
     ├── DamagedCache        a stored document is truncated, altered or foreign
@@ -44,6 +45,10 @@ class ModelError(UserError):
 
 class WrapperError(UserError):
     """Learned vectors that do not belong to this model."""
+
+
+class TrainError(UserError):
+    """Training data or settings that cannot be used, or a training that broke down; what was trained so far is kept."""
 
 
 class MissingExtra(UserError):

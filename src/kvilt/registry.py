@@ -18,6 +18,7 @@ TABLE: dict[str, dict[str, str]] = {
         "naive": "kvilt.strategies.naive:Naive",
         "kvlink": "kvilt.strategies.kvlink:KVLink",
         "kv_packet": "kvilt.strategies.kv_packet:KVPacket",
+        "linked_packet": "kvilt.strategies.linked_packet:LinkedPacket",
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
         "epic": "kvilt.strategies.epic:Epic",
     },
@@ -75,7 +76,7 @@ def build(kind: str, spec: str) -> object:
     """Make the object that a spec string describes."""
     name, options = parse(spec)
     cls = load(kind, name)
-    known = _parameters(cls)
+    known = parameters(cls)
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -87,7 +88,7 @@ def build(kind: str, spec: str) -> object:
         raise SpecError(f"cannot build {kind} {spec!r}: {error}.") from error
 
 
-def _parameters(cls: type) -> dict[str, object]:
+def parameters(cls: type) -> dict[str, object]:
     """Options of a class and their types; dataclass fields kept out of the repr are not options."""
     hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
     hidden = {f.name for f in dataclasses.fields(cls) if not f.repr} if dataclasses.is_dataclass(cls) else set()

@@ -57,9 +57,10 @@ class Encoding:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Content digest of everything that shapes the document's cache."""
+        """Content digest of everything that shapes the document's cache; vectors that stand elsewhere are left out."""
         frame = json.dumps([self.before, self.after, self.keep])
-        return digest_of(frame, b"" if self.learned is None else self.learned.float())
+        around = [-1 - i for i in (*self.before, *self.after) if i < 0]
+        return digest_of(frame, b"" if self.learned is None else self.learned[around].float())
 
     def run(self, ids: Tensor) -> Tensor:
         """All tokens of one encoding pass, (before + ids + after,)."""

@@ -58,7 +58,11 @@ class Wrapper:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; metadata holds the model's digest."""
-        tensors = {"header": self.header, "trailer": self.trailer, **({} if self.links is None else {"links": self.links})}
+        tensors = {
+            "header": self.header,
+            "trailer": self.trailer,
+            **({} if self.links is None else {"links": self.links}),
+        }
         metadata = {**self.metadata, "format": FORMAT, "model": self.model}
         save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, str(path), metadata)
 
@@ -88,15 +92,20 @@ class Wrapper:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for foreign files
             raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
-        found = {k.rsplit(".", 1)[-1]: v.float() for k, v in _flat(state).items() if isinstance(v, Tensor) and v.dim() == 2}
-        header = next((v for k, v in found.items() if k.startswith(("header", "prefix"))), None)
-        trailer = next((v for k, v in found.items() if k.startswith(("trailer", "suffix"))), None)
-        if header is None or trailer is None:
-            raise WrapperError(f"{path} holds no header and trailer; found {json.dumps(sorted(found))}.")
-        return cls(header, trailer, metadata={"source": path.name})
+        vectors = {k: v for k in ("header", "trailer") if isinstance(v := _entry(state, k), Tensor)}
+        flat = {
+            k: v.float().flatten(0, -2) for k, v in vectors.items() if v.dim() in (2, 3)
+        }  # shipped as (1, vectors, hidden)
+        if len(flat) < 2:
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise WrapperError(f"{path} holds no header and trailer; found {json.dumps(found)}.")
+        if (
+            not all(torch.isfinite(v).all() for v in flat.values())
+            or flat["header"].shape[1] != flat["trailer"].shape[1]
+        ):
+            raise WrapperError(f"{path}: header and trailer must be finite and of the same width.")
+        return cls(flat["header"], flat["trailer"], metadata={"source": path.name})
 
 
-def _flat(state: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(state, dict):
-        return {prefix: state}
-    return {k: v for name, value in state.items() for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()}
+def _entry(state: object, name: str) -> object:
+    return state.get(name) if isinstance(state, dict) else None

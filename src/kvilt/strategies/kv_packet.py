@@ -14,15 +14,19 @@ from kvilt.wrapper import Wrapper
 
 @dataclass(frozen=True)
 class KVPacket(Strategy):
-    """Every document is encoded between a header and a trailer of learned vectors; nothing is recomputed (section 3)."""
+    """Every document is encoded between a header and a trailer of learned vectors; nothing is recomputed."""
 
     wrapper: str = ""
 
     def bind(self, info: ModelInfo) -> Self:
         """Load the wrapper and check that it was trained for this model."""
         if not self.wrapper:
-            raise SpecError("kv_packet needs its trained vectors: kv_packet:wrapper=FILE (train them: kvilt train packet).")
-        return replace(self, encoding=Wrapper.load(self.wrapper).check(info).encoding())
+            raise SpecError("kv_packet needs trained vectors: kv_packet:wrapper=FILE (train them: kvilt train packet).")
+        return self.holding(Wrapper.load(self.wrapper).check(info))
+
+    def holding(self, wrapper: Wrapper) -> Self:
+        """The strategy with a wrapper's vectors; trainers call it with the vectors they train."""
+        return replace(self, encoding=wrapper.encoding())
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """System and packets are reused, the question is computed."""

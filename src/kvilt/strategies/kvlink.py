@@ -49,10 +49,13 @@ class LinkTokens:
             return cls.from_json(described.read_text())
         if links:
             logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
-        if info.vocab_size == LLAMA3_VOCABULARY:
-            rows = [[LLAMA3_FIRST + slot * links + k for k in range(links)] for slot in range(LLAMA3_SLOTS)]
-            return cls(tuple(map(tuple, rows)), LLAMA3_MARKERS[:1], LLAMA3_MARKERS[1:])
-        return cls.reserve(info.reserved, links)
+        return cls.published(links) if info.vocab_size == LLAMA3_VOCABULARY else cls.reserve(info.reserved, links)
+
+    @classmethod
+    def published(cls, links: int) -> LinkTokens:
+        """The layout of the authors' Llama 3 checkpoints: id 128011 + slot * links + k."""
+        rows = [[LLAMA3_FIRST + slot * links + k for k in range(links)] for slot in range(LLAMA3_SLOTS)]
+        return cls(tuple(map(tuple, rows)), LLAMA3_MARKERS[:1], LLAMA3_MARKERS[1:])
 
     @classmethod
     def reserve(cls, reserved: tuple[int, ...], links: int) -> LinkTokens:
@@ -89,7 +92,9 @@ class KVLink(Strategy):
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Documents are reused; markers, link tokens and the question are computed."""
         if self.links and len(prompt.documents) > len(self.tokens.ids):
-            raise PromptError(f"kvlink: {len(prompt.documents)} documents, but link tokens for {len(self.tokens.ids)} slots.")
+            raise PromptError(
+                f"kvlink: {len(prompt.documents)} documents, but link tokens for {len(self.tokens.ids)} slots."
+            )
         layout = begin(prompt).compute(torch.tensor(self.tokens.start), name="start")
         for slot, document in enumerate(prompt.documents):
             layout.reuse(document).compute(self._links(slot), name="links")

@@ -1,0 +1,1 @@
+"""Trainers: wrappers for frozen models (KV Packet, linked packet) and whole models (KVLink, block fine-tuning)."""

@@ -1,0 +1,232 @@
+"""Training samples: JSON lines of many kinds, held-out splits, weighted mixtures, varied document order and count."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kvilt.errors import TrainError
+from kvilt.types import Document, digest_of
+
+TRAIN_SPLITS, HELD_OUT_SPLITS = ("train", "training"), ("train", "training", "dev", "validation", "valid", "eval")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Documents and what is asked about them; `where` names the origin in messages."""
+
+    documents: tuple[Document, ...]
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()  # documents that the answer needs, where the data says so
+    ordered: bool = False  # the documents' order carries meaning
+    reuse: bool = True  # False: trained as an ordinary prompt with full attention (KVLink's "standard" tasks)
+    plain: bool = False  # answers[0] is a text without any prompt, every token of which is learned
+    where: str = "sample"
+
+    @property
+    def digest(self) -> str:
+        """What the sample asks about what, whatever the order of its documents."""
+        return digest_of(
+            self.question, *sorted(d.content for d in self.documents), *(self.answers if self.plain else ())
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples with a weight in a mixture; weight 0 stands for the number of samples."""
+
+    samples: tuple[Sample, ...]
+    weight: float = 0.0
+    name: str = ""
+
+    @property
+    def share(self) -> float:
+        """The weight that counts."""
+        return self.weight or float(len(self.samples))
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One use of a sample: which one, and which draw of its documents' order and count."""
+
+    source: int
+    index: int
+    view: int
+
+
+Loader = Callable[[dict[str, Any], str], Sample]
+
+
+def objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a JSONL file, gzipped or not. Raises TrainError naming the line that cannot be read."""
+    path, number = Path(path), 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _object(line)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise TrainError(f"cannot read {path}: {error}.") from error
+    except (ValueError, TypeError) as error:
+        raise TrainError(f"{path}:{number}: not a JSON object: {error}.") from error
+
+
+def _object(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise TypeError(f"found {type(row).__name__}")
+    return row
+
+
+def check_split(row: dict[str, Any], where: str, allowed: Sequence[str]) -> None:
+    """Raise TrainError for a row that says it belongs to a split that must not be trained on."""
+    split = str(row.get("split", "train")).lower()
+    if split not in allowed:
+        raise TrainError(f"{where}: this row is of the split {split!r}; here only {', '.join(allowed)} may be used.")
+
+
+def qa_sample(row: dict[str, Any], where: str) -> Sample:
+    """{"documents": [...], "question": ..., "answers": [...]}: the rows of wrappers and of reuse QA.
+
+    A document is a text, [title, text] or {"text", "title", "gold"}; "gold" may also be a list of indices beside the
+    documents. Without a question the model will ask one itself; "ordered": true keeps the documents' order."""
+    raw = row.get("documents", row.get("docs"))
+    if raw is None and "text" in row:
+        raw = [row]
+    if not isinstance(raw, list) or not raw:
+        raise TrainError(f'{where}: no documents: each row needs "documents": [...].')
+    documents = tuple(_document(d, f"{where}, document {i + 1}") for i, d in enumerate(raw))
+    gold = (
+        row.get("gold")
+        if isinstance(row.get("gold"), list)
+        else [i for i, d in enumerate(raw) if isinstance(d, dict) and d.get("gold")]
+    )
+    if not all(isinstance(i, int) and 0 <= i < len(documents) for i in gold):  # type: ignore[union-attr]
+        raise TrainError(f'{where}: "gold" must hold indices of its {len(documents)} documents, not {gold}.')
+    return Sample(
+        documents,
+        str(row.get("question") or ""),
+        answers_of(row),
+        tuple(gold or ()),
+        bool(row.get("ordered")),
+        where=where,
+    )
+
+
+def answers_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The row's answers that are not empty, best first."""
+    raw = row.get("answers", row.get("answer"))
+    found = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    return tuple(str(a) for a in found if str(a).strip())
+
+
+def _document(raw: object, where: str) -> Document:
+    if isinstance(raw, str):
+        raw = {"text": raw}
+    elif isinstance(raw, list) and len(raw) == 2:
+        title, text = raw
+        raw = {"title": title, "text": " ".join(text) if isinstance(text, list) else text}
+    text = raw.get("text") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(text, str) or not text.strip():
+        raise TrainError(f"{where} is empty or not a text.")
+    return Document(text, str(raw["title"]) if raw.get("title") else None)
+
+
+def read(path: str | Path, loader: Loader = qa_sample, allowed: Sequence[str] = TRAIN_SPLITS) -> tuple[Sample, ...]:
+    """All samples of a JSONL file. Raises TrainError for an empty file or a row that cannot be used."""
+    samples = []
+    for where, row in objects(path):
+        check_split(row, where, allowed)
+        samples.append(loader(row, where))
+    if not samples:
+        raise TrainError(f"{path} holds no samples.")
+    return tuple(samples)
+
+
+def sources_of(samples: Sequence[Sample] | Sequence[Source]) -> tuple[Source, ...]:
+    """Samples as one source. Raises TrainError when there is nothing to train on."""
+    sources = tuple(s for s in samples if isinstance(s, Source))
+    plain = tuple(s for s in samples if isinstance(s, Sample))
+    found = (*sources, *([Source(plain)] if plain else []))
+    if not found or not all(s.samples for s in found):
+        raise TrainError("no samples to train on: give at least one.")
+    if any(s.weight < 0 for s in found):
+        raise TrainError("the weight of a source must not be negative.")
+    return found
+
+
+def split_held_out(sources: Sequence[Source], share: float, seed: int) -> tuple[tuple[Source, ...], tuple[Sample, ...]]:
+    """Put `share` of every source's samples aside; copies of one sample stay on one side."""
+    if not 0 < share < 1:
+        raise TrainError(f"held_out must be a share between 0 and 1, not {share}.")
+    kept, held = [], []
+    for source in sources:
+        digests = sorted({s.digest for s in source.samples})
+        count = max(1, round(share * len(digests)))
+        if count >= len(digests):
+            raise TrainError(
+                f"{source.name or 'the data'}: {len(digests)} samples cannot be split; give more, or a held-out file."
+            )
+        aside = set(random.Random(f"split/{seed}").sample(digests, count))
+        held += [s for s in source.samples if s.digest in aside]
+        kept.append(replace(source, samples=tuple(s for s in source.samples if s.digest not in aside)))
+    return tuple(kept), tuple(held)
+
+
+def check_disjoint(sources: Sequence[Source], held_out: Sequence[Sample]) -> None:
+    """Raise TrainError when a held-out sample is also trained on: early stopping would see its own training data."""
+    trained = {s.digest: s.where for source in sources for s in source.samples}
+    for sample in held_out:
+        if sample.digest in trained:
+            raise TrainError(f"wrong split: held-out {sample.where} is also trained on ({trained[sample.digest]}).")
+
+
+def draw(sample: Sample, view: int, seed: int, fewest: int = 0, free: bool = False) -> Sample:
+    """One prompt of a sample: documents in random order, and with `fewest` > 0 a random number of them.
+
+    Gold documents always stay. Samples that name none keep all, unless `free` says that no document is needed (a
+    teacher answers from whatever is there). Ordered samples stay as they are."""
+    if sample.ordered:
+        return sample
+    rng = random.Random(f"draw/{seed}/{view}/{sample.digest}")
+    chosen = list(range(len(sample.documents)))
+    rest = [i for i in chosen if i not in sample.gold]
+    if fewest and rest and (sample.gold or free):
+        least = max(fewest, len(sample.gold))
+        count = rng.randint(min(least, len(chosen)), len(chosen))
+        chosen = [*sample.gold, *rng.sample(rest, count - len(sample.gold))]
+    rng.shuffle(chosen)
+    gold = tuple(i for i, j in enumerate(chosen) if j in sample.gold)
+    return replace(sample, documents=tuple(sample.documents[i] for i in chosen), gold=gold)
+
+
+@dataclass
+class _Cycle:
+    """A source's samples in one random order after another."""
+
+    source: int
+    size: int
+    seed: int
+    turn: int = 0
+    left: list[int] = field(default_factory=list)
+
+    def next(self, views: int) -> Pick:
+        if not self.left:
+            self.left = list(range(self.size))
+            random.Random(f"cycle/{self.seed}/{self.source}/{self.turn}").shuffle(self.left)
+            self.turn += 1
+        return Pick(self.source, self.left.pop(), (self.turn - 1) % views)
+
+
+def schedule(sources: Sequence[Source], total: int, views: int, seed: int) -> list[Pick]:
+    """Which sample is used when: a function of the arguments alone, so a resumed run goes on where it stopped."""
+    cycles = [_Cycle(i, len(s.samples), seed) for i, s in enumerate(sources)]
+    order = random.Random(f"mixture/{seed}").choices(range(len(sources)), [s.share for s in sources], k=total)
+    return [cycles[i].next(views) for i in order]
