@@ -1,4 +1,4 @@
-"""Train the built-in model: `python recipes/builtin.py --out DIR [--babi FOLDER]`; killed, it goes on from its last step."""
+"""Train the built-in model: `python recipes/builtin.py --out DIR [--babi FOLDER]`; a killed run goes on if repeated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from builtin_data import Encoder, Mix, collate, mask, rows, snippets
 from builtin_eval import accuracy, logits, samples, table
+from builtin_init import copying
 from builtin_optim import optimizers
 from builtin_tokenizer import SPECIALS, obtain
 from torch import Tensor
@@ -24,8 +25,8 @@ from kvilt.builtin.samples import Sample
 
 SEED = 1
 LENGTH = 512
-# Copying warm-up: symbols, tokens per row, share of the warm-up. Short rows first: the circuit shows sooner there.
-LEVELS = [(300, 64, 0.4), (300, 128, 0.15), (100, 256, 0.15), (30, 256, 0.15), (10, 256, 0.15)]
+# Copying warm-up: symbols and tokens per row, for equal shares of its steps.
+LEVELS = [(300, 64), (300, 128), (100, 256), (30, 256), (10, 256)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
         hidden_size=plan.width,
         num_hidden_layers=plan.layers,
         num_attention_heads=plan.heads,
-        num_key_value_heads=2,
+        num_key_value_heads=plan.heads,
         intermediate_size=plan.inner,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -70,7 +71,9 @@ def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
         eos_token_id=2,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    copying(model)
+    return model
 
 
 @dataclass
@@ -91,10 +94,7 @@ class Source:
 
     def copying(self, rng: random.Random, progress: float) -> dict[str, Tensor]:
         """A batch of repeated snippets over the symbols of the current level."""
-        for size, length, share in LEVELS:
-            progress -= share
-            if progress < 0:
-                break
+        size, length = LEVELS[int(progress * len(LEVELS))]
         # Always the same symbols: with a set drawn anew each step nothing was learnt in 100 steps.
         symbols = random.Random(SEED).sample(range(400, len(self.encoder.tokenizer)), LEVELS[0][0])[:size]
         return collate(snippets(rng, symbols, 4096 // length, length), length, 0)

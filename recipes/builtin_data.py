@@ -84,13 +84,11 @@ class Encoder:
         row.add(self.system, 0, number, 0, -1)
         for index, page in enumerate(pages):
             row.add(page, ends[index], number, 0, index)
-        segment = 0
-        for k in fitting:
+        for segment, k in enumerate(fitting, start=1):
             ids = [*questions[k], *answers[k].ids, self.end]
             if len(ids) > left:
                 break
             left -= len(ids)
-            segment += 1
             row.add(ids, ends[chosen[k].after], number, segment, -1)
             self._label(row, chosen[k], answers[k].offsets, len(answers[k].ids) + 1)
         return True

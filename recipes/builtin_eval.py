@@ -36,7 +36,7 @@ def logits(model: LlamaForCausalLM, batch: dict[str, Tensor], seen: Tensor) -> t
 def accuracy(
     model: LlamaForCausalLM, encoder: Encoder, tests: list[Sample], block: bool, length: int = 768, size: int = 8
 ) -> dict[str, tuple[int, float, float]]:
-    """Per kind: questions, share with every answer token right (as greedy decoding needs), share with the value right."""
+    """Per kind: questions, share with the whole answer right (as if decoded greedily), with the value right."""
     model.eval()
     made = []
     for sample in tests:

@@ -25,7 +25,9 @@ def last_names(split: str) -> set[str]:
 
 def test_splits_share_no_names() -> None:
     train, test = last_names("train"), last_names("test")
-    assert train and test and not train & test
+    assert train
+    assert test
+    assert not train & test
     assert all(held_out(name) for name in test)
 
 
@@ -59,10 +61,10 @@ def test_answers_hold_the_value_and_pages_state_it(split: str) -> None:
 def test_chunked_questions_need_an_earlier_page() -> None:
     for sample in made("train"):
         for question in sample.questions:
-            subject_known = question.answer.split(question.value)[0].split()[0] in sample.pages[question.pages[0]].render()
             if question.kind == "one_hop":
-                assert question.value in sample.pages[question.pages[0]].render()
-                assert subject_known
+                page = sample.pages[question.pages[0]].render()
+                assert question.value in page
+                assert question.answer.split()[0] in page
 
 
 def test_all_kinds_occur() -> None:
@@ -82,5 +84,4 @@ def test_story_states_follow_the_text() -> None:
 def test_a_world_that_runs_dry_says_so() -> None:
     world = World(random.Random(0), "test")
     with pytest.raises(ValueError, match="no more"):
-        for _ in range(1000):
-            world.value("field")
+        [world.value("field") for _ in range(1000)]

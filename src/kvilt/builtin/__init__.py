@@ -1,1 +1,34 @@
 """The small model that ships with the package, its documents and the world they tell about."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvilt.types import Document
+
+if TYPE_CHECKING:
+    from kvilt.builtin.collection import Asked
+
+
+def model_path() -> Path:
+    """The folder of the built-in model, to be loaded like any other."""
+    return Path(str(files(__name__) / "model"))
+
+
+def documents() -> dict[str, Document]:
+    """The shipped documents by id, in order."""
+    found = {}
+    for line in (files(__name__) / "collection.jsonl").read_text(encoding="utf-8").splitlines():
+        paper = json.loads(line)
+        found[paper["id"]] = Document(paper["text"], paper["title"] or None, paper["id"])
+    return found
+
+
+def questions(kind: str | None = None) -> list[Asked]:
+    """The shipped test questions, all or of one kind."""
+    lines = (files(__name__) / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    found: list[Asked] = [json.loads(line) for line in lines]
+    return [question for question in found if kind in (None, question["kind"])]

@@ -189,18 +189,28 @@ class Builder:
 
 def build(rng: random.Random, split: str, size: int, chunked: float = 0.5) -> Sample:
     """A context of about `size` pages with all its questions, shuffled."""
+    return arrange(write(rng, split, size, chunked))
+
+
+def write(rng: random.Random, split: str, size: int, chunked: float = 0.5) -> Builder:
+    """Blocks of about `size` pages in all."""
     builder = Builder(World(rng, split))
     while builder.size() + len(builder.companies) + len(builder.colleges) < size:
         builder.add_person(rng.random() < chunked)
     builder.add_organisations()
-    rng.shuffle(builder.blocks)
+    return builder
+
+
+def arrange(builder: Builder) -> Sample:
+    """The blocks in a new order, with newly worded questions about them."""
+    builder.rng.shuffle(builder.blocks)
     sample = Sample()
     facts: list[tuple[Fact, int]] = []
     for block in builder.blocks:
         facts += [(fact, len(sample.pages) + fact.page) for fact in block.facts]
         sample.pages += block.pages
     sample.questions = _questions(builder, facts, len(sample.pages))
-    rng.shuffle(sample.questions)
+    builder.rng.shuffle(sample.questions)
     return sample
 
 
