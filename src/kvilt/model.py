@@ -114,7 +114,7 @@ class Model:
         (default: on CUDA)."""
         placed = self._placed(plan, room, overlap)
         try:
-            logits = self._forward(plan, placed, logits_to_keep=1)[0, -1].float()
+            logits = self.forward(plan, placed, logits_to_keep=1)[0, -1].float()
         except BaseException:
             self.pool.give(placed.buffer)
             raise
@@ -126,7 +126,7 @@ class Model:
         """Logits of the plan's last `last` computed tokens, (last, vocab) float32."""
         placed = self._placed(plan, 0, None)
         try:
-            return self._forward(plan, placed, logits_to_keep=last)[0].float()
+            return self.forward(plan, placed, logits_to_keep=last)[0].float()
         finally:
             self.pool.give(placed.buffer)
 
@@ -136,7 +136,7 @@ class Model:
         buffer = self.pool.take(len(plan.positions))
         placed = PlacedCache(plan, buffer, self.rope, stop=layers)
         try:
-            self._forward(plan, placed, logits_to_keep=1)
+            self.forward(plan, placed, logits_to_keep=1)
         except StopAtLayer:
             pass
         seen = [placed.seen(s, base, layers, self.rope) for s, base in zip(plan.segments, plan.bases, strict=True)]
@@ -165,7 +165,8 @@ class Model:
             placed.load_ahead()
         return placed
 
-    def _forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
+    def forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
+        """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab)."""
         rows = plan.computed_rows
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
         out = self.hf(

@@ -1,0 +1,1 @@
+"""Timing, against a floor measured in the same run."""

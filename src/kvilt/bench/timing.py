@@ -1,0 +1,61 @@
+"""Paired, repeated timings: contestants take turns, medians and ratios come from one run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call; CUDA work is waited for."""
+    _wait()
+    began = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - began
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def take_turns(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Each contestant `repeats` times, one after the other, so that a noisy minute hits all of them alike."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, measure in contestants.items():
+            found[name].append(measure())
+    return found
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Minimum, median, maximum and count."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

@@ -1,0 +1,132 @@
+"""Time to first token of strategies, beside full prefill and beside the floor.
+
+Everything a request pays is inside: tokenisation, keys, reading the documents' files, placing, the pass, picking the token.
+The floor is the forward pass of the computed tokens alone over an already placed buffer, plus the bytes of the reused
+rows at the rate at which `readinto` reads the same files into a reused buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvilt.bench.models import collection, text_of, word_tokenizer
+from kvilt.bench.timing import seconds, summary, take_turns
+from kvilt.engine import Engine
+from kvilt.model import Model
+from kvilt.placed import PlacedCache
+from kvilt.plan import Plan
+from kvilt.registry import build
+from kvilt.stores.disk import DiskStore
+from kvilt.strategies.base import Strategy
+from kvilt.text import TextFormat
+from kvilt.types import Document
+from kvilt.wrapper import Wrapper
+
+QUESTION_TOKENS = 20
+DOCUMENT_TOKENS = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One context length: engines that share a model and a store, and a prompt."""
+
+    engines: dict[str, Engine]
+    documents: list[Document]
+    question: str
+    files: list[Path]
+
+
+def setting(model: Model, specs: Sequence[str], folder: Path, documents: int) -> Setting:
+    """Encode the collection for every strategy and warm the page cache by answering once."""
+    logging.getLogger("kvilt").setLevel(logging.ERROR)
+    store = DiskStore(path=str(folder / "store"))
+    text = TextFormat.of(word_tokenizer(), system="w1 w2 w3 w4 w5")
+    wrapper = folder / "wrapper.safetensors"
+    width = model.hf.config.hidden_size
+    Wrapper(torch.randn(8, width) * 0.02, torch.randn(8, width) * 0.02).save(wrapper)
+    engines = {spec: Engine(model, text, _strategy(spec, wrapper), store) for spec in specs}
+    texts = collection(documents, DOCUMENT_TOKENS - 1)
+    for engine in engines.values():
+        if engine.strategy.encoding is not None:
+            engine.encode(texts)
+    files = sorted((folder / "store").rglob("*.safetensors"), key=lambda f: -f.stat().st_size)[: len(texts)]
+    return Setting(engines, texts, text_of(QUESTION_TOKENS, seed=9999), files)
+
+
+def _strategy(spec: str, wrapper: Path) -> Strategy:
+    spec = spec.replace("WRAPPER", str(wrapper))
+    strategy = build("strategy", spec)
+    assert isinstance(strategy, Strategy)
+    return strategy
+
+
+def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
+    """TTFT, floor and steps of every strategy, in turns; the first round warms up and does not count."""
+    steps: dict[str, dict[str, float]] = {}
+
+    def ttft(name: str) -> Callable[[], float]:
+        def once() -> float:
+            usage = made.engines[name].answer(made.question, made.documents, max_new_tokens=1).usage
+            steps[name] = usage.steps_s
+            return usage.ttft_s
+
+        return once
+
+    turns = {name: ttft(name) for name in made.engines}
+    plans = {name: e.plan(made.question, made.documents) for name, e in made.engines.items() if e.strategy.encoding is not None}
+    turns |= {f"{name} forward": _forward(made.engines[name].model, plan) for name, plan in plans.items()}
+    turns["readinto"] = lambda: _readinto(made.files)
+    for warm in (t for name, t in turns.items() if name != "full"):
+        warm()
+    found = take_turns(turns, repeats)
+    return {name: _row(name, made, found, plans.get(name), steps[name]) for name in made.engines}
+
+
+def _row(name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, steps: dict[str, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"ttft_s": summary(found[name]), "steps_s": steps}
+    if "full" in found:
+        row["of_full"] = row["ttft_s"]["median"] / summary(found["full"])["median"]
+    if plan is not None:
+        loaded = sum(s.cache.nbytes for s in plan.segments if s.cache is not None and s.reused.any())
+        rate = sum(f.stat().st_size for f in made.files) / summary(found["readinto"])["median"]
+        forward = summary(found[f"{name} forward"])["median"]
+        floor = forward + loaded / rate
+        row |= {"forward_s": forward, "bytes": loaded, "readinto_bytes_per_s": rate, "floor_s": floor}
+        row["of_floor"] = row["ttft_s"]["median"] / floor
+        row["computed_tokens"], row["charged"] = len(plan.computed_rows), plan.charged(made.engines[name].info.linear_cost)
+    return row
+
+
+def _forward(model: Model, plan: Plan) -> Callable[[], float]:
+    """The computed tokens' pass alone over rows that lie in the buffer already."""
+
+    def once() -> float:
+        placed = PlacedCache(plan, model.pool.take(len(plan.positions)), model.rope)
+        for layer in range(model.shape.layers):
+            placed.place(layer)
+        placed.pieces = []
+        with torch.no_grad():
+            taken = seconds(lambda: model.forward(plan, placed, logits_to_keep=1))
+        model.pool.give(placed.buffer)
+        return taken
+
+    return once
+
+
+def _readinto(files: Sequence[Path]) -> float:
+    """Reading the files whole into one reused buffer."""
+    buffer = memoryview(bytearray(max(f.stat().st_size for f in files)))
+
+    def once() -> None:
+        for path in files:
+            with open(path, "rb", buffering=0) as file:
+                file.readinto(buffer)
+
+    once()  # the buffer's pages exist
+    return seconds(once)
