@@ -1,0 +1,131 @@
+"""The training recipe: prompts as the engine builds them, masks, Muon, copying heads, and resuming."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+import builtin_data as data
+import builtin_tokenizer as tokenizers
+from builtin_optim import orthogonal
+
+import builtin as recipe
+from kvilt.builtin import contexts
+
+TINY = recipe.Plan(rows=2, warmup=4, grow=4, total=8, layers=2, width=64, heads=4, inner=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a little of the world."""
+    return tokenizers.train(tokenizers.corpus(1, 200, []))
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: PreTrainedTokenizerFast) -> data.Encoder:
+    """Its row encoder."""
+    return data.Encoder(tokenizer)
+
+
+def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    for text in ("Ada Lorn\nAda Lorn works for Brint Labs.\n", "Ünseen wörds 漢字, 1984!", "two  spaces"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_reserved_tokens_are_single(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizer.encode("<|reserved_0|><|reserved_95|>", add_special_tokens=False) == sorted(
+        tokenizer.convert_tokens_to_ids(["<|reserved_0|>", "<|reserved_95|>"])
+    )
+
+
+def test_a_row_is_the_chat_template_cut_at_the_documents(encoder: data.Encoder) -> None:
+    sample = contexts.build(random.Random(1), "train", 4)
+    row = data.Row()
+    assert encoder.fill(row, sample, 0, 512, 1)
+    pages = "".join(page.render() for page in sample.pages)
+    question = sample.questions[0]
+    messages = [
+        {"role": "system", "content": tokenizers.SYSTEM},
+        {"role": "user", "content": pages + question.text},
+    ]
+    rendered = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = rendered + question.answer + "<|end|>"
+    assert encoder.tokenizer.decode(row.ids).replace(" ", "").replace("\n", "") == expected.replace(" ", "").replace(
+        "\n", ""
+    )
+    assert row.position == list(range(len(row.ids)))
+
+
+def test_labels_are_the_answer_and_values_are_marked(encoder: data.Encoder) -> None:
+    sample = contexts.build(random.Random(2), "train", 4)
+    row = data.Row()
+    encoder.fill(row, sample, 0, 512, 1)
+    labels = [label for label in row.label if label != data.IGNORE]
+    assert encoder.tokenizer.decode(labels, skip_special_tokens=True) == sample.questions[0].answer
+    value = [label for label, mark in zip(row.label, row.value, strict=True) if mark]
+    assert encoder.tokenizer.decode(value) == sample.questions[0].value
+
+
+def test_mask_hides_questions_from_each_other_and_pages_when_blocked(encoder: data.Encoder) -> None:
+    row = data.Row()
+    encoder.fill(row, contexts.build(random.Random(3), "train", 4), 0, 512, 4)
+    batch = data.collate([row], 512, 0)
+    full, block = data.mask(batch)[0, 0], data.mask(batch, block=True)[0, 0]
+    segment, page = batch["segment"][0], batch["page"][0]
+    first, second = (segment == 1).nonzero()[0], (segment == 2).nonzero()[0]
+    last = (page == 1).nonzero()[-1]
+    assert not full[second, first].any()
+    assert full[last, (page == 0) & (segment == 0)][0]
+    assert not block[last, page == 0].any()
+    assert torch.equal(full[second], block[second])
+    length = len(row.ids)
+    assert not full[:length, :length].triu(1).any()
+
+
+def test_orthogonal_has_unit_singular_values() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 24, 64)))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_copying_is_there_from_the_first_step(encoder: data.Encoder) -> None:
+    plan = recipe.Plan(layers=2, width=128, heads=4, inner=64, warmup=10)
+    model = recipe.make(plan, len(encoder.tokenizer))
+    batch = {name: part[:8] for name, part in recipe.Source(encoder, plan, []).copying(random.Random(0), 0.0).items()}
+    with torch.no_grad():
+        scores, labels = recipe.logits(model, batch, data.mask(batch))
+    assert (scores.argmax(-1) == labels).float().mean() > 0.1
+
+
+def test_killed_and_resumed_equals_uninterrupted(encoder: data.Encoder, tmp_path: Path) -> None:
+    source = recipe.Source(encoder, TINY, [])
+    whole = recipe.Trainer(tmp_path / "whole", TINY, encoder, compiled=False)
+    for step in range(6):
+        whole.step(step, source.batch(step))
+    (tmp_path / "cut").mkdir()
+    cut = recipe.Trainer(tmp_path / "cut", TINY, encoder, compiled=False)
+    for step in range(3):
+        cut.step(step, source.batch(step))
+    cut.save(3)
+    again = recipe.Trainer(tmp_path / "cut", TINY, encoder, compiled=False)
+    assert again.first == 3
+    for step in range(3, 6):
+        again.step(step, source.batch(step))
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_that_is_no_number_stops(encoder: data.Encoder, tmp_path: Path) -> None:
+    trainer = recipe.Trainer(tmp_path, TINY, encoder, compiled=False)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        trainer.step(0, recipe.Source(encoder, TINY, []).batch(0))
