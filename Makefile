@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= builtin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint types minimal bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch -c constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/kvilt demo --model $(MODEL)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+# Every module must import with nothing but the core dependencies.
+minimal: constraints.txt
+	test -x .venv-minimal/bin/python || $(PYTHON) -m venv .venv-minimal
+	.venv-minimal/bin/pip install -q torch -c constraints.txt
+	.venv-minimal/bin/pip install -q -c constraints.txt .
+	.venv-minimal/bin/python scripts/import_all.py
+
+bench: $(VENV)/.ready
+	$(BIN)/kvilt bench ttft --out benchmarks
+	$(BIN)/kvilt bench decode --out benchmarks
+	$(BIN)/kvilt bench encode --out benchmarks
+	$(BIN)/kvilt bench memory --out benchmarks
+
+clean:
+	rm -rf $(VENV) .venv-minimal build dist

@@ -1,0 +1,18 @@
+"""Import every module of the package: run where only the core dependencies are installed."""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+
+import kvilt
+
+OPTIONAL = ("matplotlib", "peft", "accelerate", "datasets", "rouge_score", "llmlingua")
+
+names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.")]
+for name in names:
+    importlib.import_module(name)
+present = [p for p in OPTIONAL if importlib.util.find_spec(p)]
+if present:
+    sys.exit(f"optional packages are installed here, so this proves nothing: {', '.join(present)}")
+print(f"{len(names)} modules imported with the core dependencies alone")
