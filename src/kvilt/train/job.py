@@ -60,7 +60,7 @@ class Progress:
     step: int
     steps: int
     loss: float = math.nan
-    held_out: Fidelity | None = None
+    held_out: Fidelity | float | None = None  # fidelity of a wrapper, loss of a fine-tuned model
     best_step: int = 0
 
 
@@ -162,9 +162,7 @@ def _check_lengths(engine: Engine, prompts: Iterable[Parts], c: PacketConfig) ->
         end = parts.plan(strategy).end + c.answer_tokens
         if end > context:
             where = parts.sample.where
-            raise TrainError(
-                f"{where}: a prompt and its answer take {end} positions, the context holds {context}."
-            )
+            raise TrainError(f"{where}: a prompt and its answer take {end} positions, the context holds {context}.")
 
 
 def initial(engine: Engine, c: PacketConfig) -> Wrapper:
