@@ -56,7 +56,9 @@ CHAT = (
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama3-rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)),
-    "llama-linear-mqa": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}, rope_parameters=LINEAR)),
+    "llama-linear-mqa": lambda: LlamaForCausalLM(
+        LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}, rope_parameters=LINEAR)
+    ),
     "llama-yarn-tied-mha": lambda: LlamaForCausalLM(
         LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, rope_parameters=YARN, tie_word_embeddings=True)
     ),

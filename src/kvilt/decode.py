@@ -47,7 +47,9 @@ def generate(
 
     ids = prompt.clamp(min=0)[None].to(model.shape.device)  # learned vectors have no id; 0 stands for them
     try:
-        out = model.hf.generate(ids, generation_config=config, attention_mask=torch.ones_like(ids), custom_generate=loop)
+        out = model.hf.generate(
+            ids, generation_config=config, attention_mask=torch.ones_like(ids), custom_generate=loop
+        )
     finally:
         if streamer is not None:
             streamer.end()

@@ -151,7 +151,7 @@ def _index(store: DiskStore, folder: Folder) -> list[Finding]:
         what = (
             f"the index does not know {len(unknown):,} stored documents: they are reused, but never listed or evicted."
         )
-        return [Finding("problem", what, "kvilt cache gc adopts them.")]
+        return [Finding("note", what, "kvilt cache gc adopts them.")]
     return [Finding("ok", f"{len(files):,} documents are stored, and the index knows them all.")]
 
 

@@ -80,11 +80,14 @@ class Encoder:
         if len(ids) + around > self.model.context_length:
             name = document.id or document.title or document.text[:40]
             raise DocumentError(
-                f"document {name!r} has {len(ids)} tokens, the model's context holds {self.model.context_length - around}. Split it."
+                f"document {name!r} has {len(ids)} tokens, the model's context holds "
+                f"{self.model.context_length - around}. Split it."
             )
         return Item(document, ids, self.model.key(ids, self.encoding))
 
-    def encode(self, documents: Iterable[Document], on_progress: Callable[[Progress], None] | None = None) -> EncodeReport:
+    def encode(
+        self, documents: Iterable[Document], on_progress: Callable[[Progress], None] | None = None
+    ) -> EncodeReport:
         """Encode and store what is missing. A rerun, or another process at the same time, encodes nothing twice."""
         began = time.perf_counter()
         unique = {item.key.digest: item for item in self.items(documents)}
@@ -113,14 +116,15 @@ class Encoder:
 
     def fetch(self, items: Sequence[Item]) -> tuple[list[DocumentCache], int]:
         """The caches of documents, encoding and storing what is missing; and how many were found."""
-        found = {i.key.digest: self.store.get(i.key) for i in {i.key.digest: i for i in items}.values()}
-        hits = sum(found[i.key.digest] is not None for i in items)
-        missing = [i for i in {i.key.digest: i for i in items}.values() if found[i.key.digest] is None]
-        for batch in batches(missing):
+        unique = {i.key.digest: i for i in items}
+        stored = {digest: self.store.get(item.key) for digest, item in unique.items()}
+        found = {digest: cache for digest, cache in stored.items() if cache is not None}
+        hits = sum(i.key.digest in found for i in items)
+        for batch in batches([item for digest, item in unique.items() if digest not in found]):
             for item, cache in zip(batch, self._run(batch), strict=True):
                 self.put(cache, item.title)
                 found[item.key.digest] = cache
-        return [cache for i in items if (cache := found[i.key.digest]) is not None], hits
+        return [found[i.key.digest] for i in items], hits
 
     def _run(self, batch: Sequence[Item]) -> list[DocumentCache]:
         return self.model.encode([i.ids for i in batch], self.encoding)

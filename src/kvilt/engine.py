@@ -107,7 +107,13 @@ class Engine:
         return self.encoder.encode(documents, **options)
 
     def answer(
-        self, question: str, documents: Sequence[Document], *, max_new_tokens: int = 128, allow_empty: bool = False, **sampling: Any
+        self,
+        question: str,
+        documents: Sequence[Document],
+        *,
+        max_new_tokens: int = 128,
+        allow_empty: bool = False,
+        **sampling: Any,
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
@@ -151,7 +157,9 @@ class Engine:
             raise final
         yield final
 
-    def score(self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False) -> Tensor:
+    def score(
+        self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False
+    ) -> Tensor:
         """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
         damaged = 0
         while True:

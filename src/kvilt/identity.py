@@ -80,5 +80,3 @@ def _write(memo: Path, tag: str, digest: str) -> None:
         temporary.replace(memo)
     except OSError:
         return
-
-

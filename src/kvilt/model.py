@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,7 +68,12 @@ class Model:
 
     def key(self, tokens: Tensor, encoding: Encoding, compression: str = "") -> CacheKey:
         """The content address of a document encoded by this model."""
-        identity = (self.digest, self.tokenizer_digest, self.rope.identity, str(self.shape.dtype).removeprefix("torch."))
+        identity = (
+            self.digest,
+            self.tokenizer_digest,
+            self.rope.identity,
+            str(self.shape.dtype).removeprefix("torch."),
+        )
         return CacheKey(*identity, encoding.digest, compression, digest_of(tokens))
 
     def embed(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
@@ -92,8 +97,13 @@ class Model:
         batch = nn.utils.rnn.pad_sequence(runs, batch_first=True)  # (documents, longest)
         store = _Capture(self.shape.layers)
         positions = torch.arange(batch.shape[1], device=self.shape.device) - first
-        self._base(inputs_embeds=self.embed(batch, encoding.learned), position_ids=positions[None], past_key_values=store)
-        return [self._cut(store, i, run, ids, encoding, compression) for i, (run, ids) in enumerate(zip(runs, documents, strict=True))]
+        self._base(
+            inputs_embeds=self.embed(batch, encoding.learned), position_ids=positions[None], past_key_values=store
+        )
+        return [
+            self._cut(store, i, run, ids, encoding, compression)
+            for i, (run, ids) in enumerate(zip(runs, documents, strict=True))
+        ]
 
     def _cut(
         self, store: _Capture, i: int, run: Tensor, ids: Tensor, encoding: Encoding, compression: str
@@ -104,7 +114,9 @@ class Model:
         values = tuple(v[i, :, rows].cpu().clone(memory_format=torch.contiguous_format) for v in store.values)
         length = len(run) if encoding.keep else len(ids)
         key = self.key(ids, encoding, compression)
-        return DocumentCache(run[: first + length], torch.arange(length), length, key, TensorLayers(keys, values), first)
+        return DocumentCache(
+            run[: first + length], torch.arange(length), length, key, TensorLayers(keys, values), first
+        )
 
     @torch.no_grad()
     def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> tuple[Tensor, PlacedCache]:
@@ -135,10 +147,8 @@ class Model:
         """What the lowest layers hold for each segment when the plan is run; the pass stops there."""
         buffer = self.pool.take(len(plan.positions))
         placed = PlacedCache(plan, buffer, self.rope, stop=layers)
-        try:
+        with suppress(StopAtLayer):
             self.forward(plan, placed, logits_to_keep=1)
-        except StopAtLayer:
-            pass
         seen = [placed.seen(s, base, layers, self.rope) for s, base in zip(plan.segments, plan.bases, strict=True)]
         self.pool.give(buffer)
         return seen
@@ -148,7 +158,12 @@ class Model:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
         mask = dense.mask[None, None].to(self.shape.device)
         positions = dense.positions[None].to(self.shape.device)
-        out = self.hf(inputs_embeds=self.embed(dense.tokens, learned)[None], position_ids=positions, attention_mask=mask, use_cache=False)
+        out = self.hf(
+            inputs_embeds=self.embed(dense.tokens, learned)[None],
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
+        )
         return torch.as_tensor(out.logits[0, dense.computed]).float()
 
     @torch.no_grad()
@@ -182,7 +197,8 @@ class Model:
     @property
     def _base(self) -> Callable[..., Any]:
         """The model without its head: encoding needs no logits."""
-        return self.hf.base_model if self.hf.base_model is not self.hf else self.hf
+        base: Callable[..., Any] = self.hf.base_model
+        return base
 
     def _check_moving(self) -> None:
         """Keys of the first layer computed at position 9 must equal those computed at 0 and moved there."""
@@ -191,13 +207,15 @@ class Model:
         moved = self.rope.move(here, 9).float()
         tolerance = {torch.float32: 1e-4}.get(self.shape.dtype, 3e-2) * float(there.float().abs().max())
         if float((moved - there.float()).abs().max()) > tolerance:
-            raise ModelError(f"{self.hf.config.model_type} is refused: its keys do not follow standard rotary embedding.")
+            raise ModelError(
+                f"{self.hf.config.model_type} is refused: its keys do not follow standard rotary embedding."
+            )
 
     @torch.no_grad()
     def _first_keys(self, ids: Tensor, start: int) -> Tensor:
         store = _Capture(self.shape.layers, stop=1)
         positions = start + torch.arange(len(ids), device=self.shape.device)
-        with _until_stopped():
+        with suppress(StopAtLayer):
             self._base(inputs_embeds=self.embed(ids)[None], position_ids=positions[None], past_key_values=store)
         return store.keys[0][0]
 
@@ -211,7 +229,9 @@ class _Capture(Cache):
         self.values: list[Tensor] = []
         self.stop = stop
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         self.keys.append(key_states)
         self.values.append(value_states)
         if len(self.keys) == self.stop:
@@ -220,14 +240,6 @@ class _Capture(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
-
-
-@contextmanager
-def _until_stopped() -> Iterator[None]:
-    try:
-        yield
-    except StopAtLayer:
-        return
 
 
 def _decoder_layers(hf: Any) -> nn.ModuleList:

@@ -101,7 +101,9 @@ class PlacedCache(Cache):
         for piece in self.pieces:
             piece.place(layer, keys, values, self.rope, staging)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the new rows of one layer; all rows so far, (1, heads, rows, head_dim) each."""
         keys, values = self.buffer[layer_idx]
         if self._plan is not None:
@@ -149,7 +151,9 @@ class PlacedCache(Cache):
         keys = tuple(rope.move(self.buffer[i, 0, :, rows], -segment.start) for i in range(layers))
         values = tuple(self.buffer[i, 1, :, rows].clone() for i in range(layers))
         assert segment.cache is not None
-        return DocumentCache(segment.tokens, segment.places, segment.length, segment.cache.key, TensorLayers(keys, values))
+        return DocumentCache(
+            segment.tokens, segment.places, segment.length, segment.cache.key, TensorLayers(keys, values)
+        )
 
 
 @dataclass(frozen=True, eq=False)

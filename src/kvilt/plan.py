@@ -127,7 +127,9 @@ class Plan:
         computed = len(self.computed_rows)
         if math.isinf(linear):
             return self.overhead + computed / self.baseline
-        seen = float(torch.searchsorted(self.positions.sort().values, self.positions[self.computed_rows], right=True).sum())
+        seen = float(
+            torch.searchsorted(self.positions.sort().values, self.positions[self.computed_rows], right=True).sum()
+        )
         full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
         return self.overhead + (computed * linear + seen) / full
 
@@ -169,7 +171,9 @@ class Layout:
         self.segments: list[Segment] = []
         self.at = 0
 
-    def reuse(self, cache: DocumentCache, fresh: Tensor | None = None, at: int | None = None, name: str = "document") -> Layout:
+    def reuse(
+        self, cache: DocumentCache, fresh: Tensor | None = None, at: int | None = None, name: str = "document"
+    ) -> Layout:
         """Place a document's cache at `at` (default: after what is there); `fresh` marks places to compute instead."""
         usable = cache if cache.layers is not None else None
         start = self.at if at is None else at
@@ -191,4 +195,3 @@ class Layout:
     def plan(self, learned: Tensor | None = None, overhead: float = 0.0) -> Plan:
         """The finished plan."""
         return Plan(tuple(self.segments), self.prompt.size, learned, overhead)
-

@@ -92,7 +92,9 @@ def parameters(cls: type) -> dict[str, object]:
     """Options of a class and their types; dataclass fields kept out of the repr are not options."""
     hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
     hidden = {f.name for f in dataclasses.fields(cls) if not f.repr} if dataclasses.is_dataclass(cls) else set()
-    return {p: hints.get(p, str) for p in inspect.signature(cls).parameters if not p.startswith("_") and p not in hidden}
+    return {
+        p: hints.get(p, str) for p in inspect.signature(cls).parameters if not p.startswith("_") and p not in hidden
+    }
 
 
 def _convert(value: str, hint: object, where: str) -> object:

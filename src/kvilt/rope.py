@@ -72,16 +72,16 @@ class Rope:
 
 def rope_of(hf: nn.Module) -> Rope:
     """The rotary embedding of a transformers model; raises ModelError where its keys cannot be moved exactly."""
-    modules = [m for m in hf.modules() if hasattr(m, "inv_freq") and isinstance(m.inv_freq, Tensor)]
+    frequencies = [f for m in hf.modules() if isinstance(f := getattr(m, "inv_freq", None), Tensor)]
     config: Any = hf.config
-    if not modules:
+    if not frequencies:
         raise ModelError(
             f"{config.model_type} has no rotary position embedding: its keys cannot be moved to another place. "
             "Kvilt serves decoders with standard RoPE."
         )
     check_rope_type(config)
-    first = modules[0].inv_freq
-    if any(m.inv_freq.shape != first.shape or not torch.equal(m.inv_freq, first) for m in modules[1:]):
+    first = frequencies[0]
+    if any(f.shape != first.shape or not torch.equal(f, first) for f in frequencies[1:]):
         raise ModelError(f"{config.model_type}: layers rotate with different frequencies, which Kvilt cannot move yet.")
     return Rope(first.detach().double().cpu(), _is_interleaved(hf, len(first)))
 

@@ -42,7 +42,9 @@ def _check_windows(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     odd = kinds - {"full_attention", "sliding_attention"}
     if odd:
-        raise ModelError(f"{config.model_type} is refused: config field layer_types holds {sorted(odd)}; only full attention is served.")
+        raise ModelError(
+            f"{config.model_type} is refused: config field layer_types holds {sorted(odd)}; only full attention is served."
+        )
     window = getattr(config, "sliding_window", None)
     active = window is not None and getattr(config, "use_sliding_window", True) is not False
     active = active and window < config.max_position_embeddings and (not kinds or "sliding_attention" in kinds)
@@ -61,4 +63,4 @@ def _short(value: object) -> str:
 def linear_cost(config: Any, parameters_per_layer: int) -> float:
     """FLOPs of one token's matrices in a layer, in units of the FLOPs of attending to one key (4 * heads * head_dim)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * parameters_per_layer / (4 * config.num_attention_heads * head_dim)
+    return float(2 * parameters_per_layer / (4 * config.num_attention_heads * head_dim))

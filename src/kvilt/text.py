@@ -44,7 +44,9 @@ class TextFormat:
         head, _, rest = rendered.partition(DOCUMENTS)
         middle, _, tail = rest.partition(QUESTION)
         if not rest or not tail:
-            raise ModelError("this tokenizer's chat template drops the user's message: documents cannot be placed in it.")
+            raise ModelError(
+                "this tokenizer's chat template drops the user's message: documents cannot be placed in it."
+            )
         return cls(tokenizer, head, middle, tail, bos=False)
 
     def _ids(self, text: str) -> Tensor:

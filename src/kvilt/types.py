@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
@@ -219,5 +218,3 @@ class Answer:
     def as_dict(self) -> dict[str, object]:
         """Plain data for `--json` and HTTP."""
         return {"text": self.text, "strategy": self.strategy, "usage": asdict(self.usage)}
-
-

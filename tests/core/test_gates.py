@@ -80,7 +80,9 @@ def test_methods_really_differ(wrapper: Path) -> None:
     """A matrix in which every method gave the same logits would prove nothing."""
     specs = ["full", "block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "prompt_cache:slot=64", "epic:tokens=3"]
     logits = [engine_of("llama", s, wrapper).answer(QUESTION, DOCUMENTS, max_new_tokens=1).logits for s in specs]
-    gaps = [float((a - b).abs().max()) for i, a in enumerate(logits) for b in logits[:i] if a is not None and b is not None]
+    gaps = [
+        float((a - b).abs().max()) for i, a in enumerate(logits) for b in logits[:i] if a is not None and b is not None
+    ]
     assert min(gaps) > 1e-2
 
 

@@ -21,8 +21,12 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the JSON result (and 
 @app.command()
 def ttft(
     shape: Shape = "llama-1b",
-    documents: Annotated[str, typer.Option(help="Documents of 500 tokens per prompt; a list gives a curve: 2,4,8.")] = "10",
-    strategies: Annotated[list[str] | None, typer.Option("--strategy", help="Strategies; WRAPPER stands for a random one.")] = None,
+    documents: Annotated[
+        str, typer.Option(help="Documents of 500 tokens per prompt; a list gives a curve: 2,4,8.")
+    ] = "10",
+    strategies: Annotated[
+        list[str] | None, typer.Option("--strategy", help="Strategies; WRAPPER stands for a random one.")
+    ] = None,
     repeats: Repeats = 5,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -39,7 +43,9 @@ def ttft(
 
 
 @app.command()
-def decode(shape: Shape = "llama-1b", documents: Documents = 10, tokens: int = 32, repeats: Repeats = 5, out: Out = None) -> None:
+def decode(
+    shape: Shape = "llama-1b", documents: Documents = 10, tokens: int = 32, repeats: Repeats = 5, out: Out = None
+) -> None:
     """Tokens per second after reuse, beside transformers' generate."""
     from kvilt.bench import models, others
 

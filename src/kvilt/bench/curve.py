@@ -13,7 +13,13 @@ from kvilt.loading import DTYPES
 
 
 def run(
-    shape: str, counts: Sequence[int], strategies: Sequence[str], repeats: int, dtype: str, device: str, note: Callable[[str], None]
+    shape: str,
+    counts: Sequence[int],
+    strategies: Sequence[str],
+    repeats: int,
+    dtype: str,
+    device: str,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """TTFT rows per number of documents."""
     model = models.random_model(shape, DTYPES[dtype], device)
@@ -23,13 +29,18 @@ def run(
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: encoding")
             made = ttft.setting(model, strategies, Path(folder), count)
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: measuring")
-            points.append({"documents": count, "context": count * ttft.DOCUMENT_TOKENS, "rows": ttft.measure(made, repeats)})
+            points.append(
+                {"documents": count, "context": count * ttft.DOCUMENT_TOKENS, "rows": ttft.measure(made, repeats)}
+            )
     return {"shape": shape, "dtype": dtype, "device": device, "repeats": repeats, "points": points}
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: one row per context and strategy."""
-    lines = ["| context | strategy | TTFT s | of full | floor s | TTFT / floor | computed | MB loaded |", "|" + "---|" * 8]
+    lines = [
+        "| context | strategy | TTFT s | of full | floor s | TTFT / floor | computed | MB loaded |",
+        "|" + "---|" * 8,
+    ]
     for point in result["points"]:
         lines += [_line(point["context"], name, row) for name, row in point["rows"].items()]
     return "\n".join(lines)
@@ -40,7 +51,9 @@ def _line(context: int, name: str, row: dict[str, Any]) -> str:
     head = f"| {context} | {name.split(':wrapper')[0]} | {row['ttft_s']['median']:.3f} | {share} |"
     if "floor_s" not in row:
         return f"{head} | | | |"
-    return f"{head} {row['floor_s']:.3f} | {row['of_floor']:.2f} | {row['computed_tokens']} | {row['bytes'] / 1e6:.0f} |"
+    return (
+        f"{head} {row['floor_s']:.3f} | {row['of_floor']:.2f} | {row['computed_tokens']} | {row['bytes'] / 1e6:.0f} |"
+    )
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -57,7 +70,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for name in names:
         here = [p for p in result["points"] if name in p["rows"]]
         contexts = [p["context"] for p in here]
-        drawn = axes.plot(contexts, [p["rows"][name]["ttft_s"]["median"] for p in here], "o-", label=name.split(":wrapper")[0])
+        drawn = axes.plot(
+            contexts, [p["rows"][name]["ttft_s"]["median"] for p in here], "o-", label=name.split(":wrapper")[0]
+        )
         if all("floor_s" in p["rows"][name] for p in here):
             axes.plot(contexts, [p["rows"][name]["floor_s"] for p in here], ":", color=drawn[0].get_color())
     axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")

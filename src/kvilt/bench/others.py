@@ -39,7 +39,12 @@ def decoding(model: Model, folder: Path, documents: int, tokens: int, repeats: i
 
     found = take_turns({"kvilt": ours, "transformers": plain}, repeats + 1)
     rates = {name: summary([(tokens - 1) / s for s in values[1:]]) for name, values in found.items()}
-    return {"context": len(prompt), "tokens": tokens, "tokens_per_s": rates, "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"]}
+    return {
+        "context": len(prompt),
+        "tokens": tokens,
+        "tokens_per_s": rates,
+        "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"],
+    }
 
 
 def _dynamic(model: Model, rows: int) -> DynamicCache:
@@ -113,4 +118,3 @@ def memory(shape: str, folder: Path, documents: int) -> dict[str, Any]:
     grown = peak - before
     sizes = {"before": before, "peak": peak, "placed_cache": cache, "weights": weights, "grown": grown}
     return {**sizes, "beyond_model_and_cache": (grown - cache) / (weights + cache)}
-

@@ -79,7 +79,11 @@ def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
         return once
 
     turns = {name: ttft(name) for name in made.engines}
-    plans = {name: e.plan(made.question, made.documents) for name, e in made.engines.items() if e.strategy.encoding is not None}
+    plans = {
+        name: e.plan(made.question, made.documents)
+        for name, e in made.engines.items()
+        if e.strategy.encoding is not None
+    }
     turns |= {f"{name} forward": _forward(made.engines[name].model, plan) for name, plan in plans.items()}
     turns["readinto"] = lambda: _readinto(made.files)
     for warm in (t for name, t in turns.items() if name != "full"):
@@ -88,7 +92,9 @@ def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
     return {name: _row(name, made, found, plans.get(name), steps[name]) for name in made.engines}
 
 
-def _row(name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, steps: dict[str, float]) -> dict[str, Any]:
+def _row(
+    name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, steps: dict[str, float]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"ttft_s": summary(found[name]), "steps_s": steps}
     if "full" in found:
         row["of_full"] = row["ttft_s"]["median"] / summary(found["full"])["median"]
@@ -99,7 +105,10 @@ def _row(name: str, made: Setting, found: dict[str, list[float]], plan: Plan | N
         floor = forward + loaded / rate
         row |= {"forward_s": forward, "bytes": loaded, "readinto_bytes_per_s": rate, "floor_s": floor}
         row["of_floor"] = row["ttft_s"]["median"] / floor
-        row["computed_tokens"], row["charged"] = len(plan.computed_rows), plan.charged(made.engines[name].info.linear_cost)
+        row["computed_tokens"], row["charged"] = (
+            len(plan.computed_rows),
+            plan.charged(made.engines[name].info.linear_cost),
+        )
     return row
 
 

@@ -85,9 +85,9 @@ class Run(Stored):
         """The engine. With `without_store` one that keeps caches in memory if the store cannot be opened."""
         from kvilt import registry
 
+        strategy = cast(Any, registry.build("strategy", self.strategy))  # before the model: mistakes show at once
         if not self.model:
             raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
-        strategy = cast(Any, registry.build("strategy", self.strategy))  # before the model: mistakes show at once
         try:
             store = self.open_store()
         except StoreUnavailable as error:

@@ -32,7 +32,9 @@ class PromptCache(Plain):
         intervals = self._intervals(prompt)
         for document, (start, length) in zip(prompt.documents, intervals, strict=True):
             if length is not None and document.length > length:
-                raise PromptError(f"prompt_cache: a document of {document.length} tokens does not fit its {length} positions.")
+                raise PromptError(
+                    f"prompt_cache: a document of {document.length} tokens does not fit its {length} positions."
+                )
             layout.reuse(document, at=None if start is None else prompt.system.length + start)
         return layout.ask().plan()
 
@@ -45,7 +47,9 @@ class PromptCache(Plain):
         modules = read_schema(self.schema)
         unknown = [n for n in prompt.names if n not in modules]
         if unknown:
-            raise PromptError(f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}.")
+            raise PromptError(
+                f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}."
+            )
         return [modules[n] for n in prompt.names]
 
 
