@@ -1,0 +1,140 @@
+"""`kvilt encode` and `kvilt ask`: what they print, and that answers are those of the dense reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_kit import data, run, write_documents
+from safetensors.torch import load_file
+
+from kvilt.documents import read_documents
+from kvilt.engine import Engine
+from kvilt.stores.memory import MemoryStore
+from kvilt.wrapper import Wrapper
+
+QUESTION = "what stands in the harbour?"
+STRATEGIES = [
+    "block",
+    "block:sink=2",
+    "naive",
+    "kvlink:links=2",
+    "kv_packet:wrapper=WRAPPER",
+    "prompt_cache:slot=256",
+    "epic:tokens=0",
+]
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir: Path) -> Engine:
+    """An engine that shares nothing with the command line's."""
+    return Engine.load(str(model_dir), "full", MemoryStore())
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory, reference: Engine) -> str:
+    """Random learned vectors for the tiny model."""
+    path = tmp_path_factory.mktemp("wrapper") / "wrapper.safetensors"
+    torch.manual_seed(5)
+    Wrapper(torch.randn(8, 64) * 0.4, torch.randn(8, 64) * 0.4, reference.model.digest).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_answers_equal_the_dense_reference_in_any_order(
+    strategy: str, reference: Engine, wrapper: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
+) -> None:
+    spec = strategy.replace("WRAPPER", wrapper)
+    common = ("--model", model_dir, "--store", store, "--strategy", spec)
+    assert data("encode", tmp_path / "docs", *common)["encoded"] == 5
+    for order in (docs, docs[::-1]):
+        usage = data("ask", QUESTION, "--docs", *order, *common, "--logits", tmp_path / "l", "--max-new-tokens", 2)[
+            "usage"
+        ]
+        assert (usage["hits"], usage["misses"]) == (5, 0)
+        engine = reference.with_strategy(spec)
+        plan = engine.plan(QUESTION, read_documents([str(p) for p in order]))
+        wanted = engine.model.dense(plan.dense(), plan.learned)[-1]
+        found = load_file(tmp_path / "l")["logits"]
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-4
+    assert data("encode", tmp_path / "docs", *common)["encoded"] == 0
+
+
+def test_json_has_the_promised_keys(model_dir: Path, docs: list[Path], store: str) -> None:
+    answer = data("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 3)
+    assert set(answer) == {"text", "strategy", "usage"}
+    promised = {"reused_tokens", "computed_tokens", "charged", "hits", "misses", "bytes_loaded", "ttft_s", "steps_s"}
+    assert promised <= set(answer["usage"])
+    assert answer["usage"]["misses"] == 1
+    assert answer["usage"]["steps_s"]["run"] > 0
+
+
+def test_text_on_stdout_talk_on_stderr(model_dir: Path, docs: list[Path], store: str) -> None:
+    common = ("ask", QUESTION, "--docs", *docs, "--model", model_dir, "--store", store, "--max-new-tokens", 6)
+    plain = run(*common, "--explain")
+    assert "hits" in plain.stderr
+    assert "question" in plain.stderr
+    assert str(docs[2]) in plain.stderr
+    streamed = run(*common, "--stream", "--quiet")
+    assert streamed.stderr == ""
+    assert streamed.stdout.strip() == plain.stdout.strip() == data(*common)["text"]
+
+
+def test_picking_documents(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
+    common = (
+        "ask",
+        QUESTION,
+        "--docs",
+        tmp_path / "docs",
+        "--model",
+        model_dir,
+        "--store",
+        store,
+        "--max-new-tokens",
+        1,
+    )
+    by_pick = data(*common, "--pick", "03.txt", docs[1], "--logits", tmp_path / "a")
+    by_path = data("ask", QUESTION, "--docs", docs[3], docs[1], *common[4:], "--logits", tmp_path / "b")
+    assert by_pick["usage"]["misses"] == 2
+    assert by_path["usage"]["hits"] == 2
+    assert torch.equal(load_file(tmp_path / "a")["logits"], load_file(tmp_path / "b")["logits"])
+
+
+def test_sampling(model_dir: Path, docs: list[Path], store: str) -> None:
+    common = ("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 12)
+    hot = [data(*common, "--temperature", 5, "--top-p", 0.99, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert data(*common, "--temperature", 0)["text"] == data(*common)["text"]
+
+
+def test_documents_from_standard_input(model_dir: Path, store: str) -> None:
+    lines = "\n".join(json.dumps({"text": f"Document number {i}."}) for i in range(3))
+    common = ("--model", model_dir, "--store", store)
+    assert data("encode", "-", *common, input=lines)["encoded"] == 3
+    assert data("ask", QUESTION, "--docs", "-", *common, "--max-new-tokens", 1, input=lines)["usage"]["hits"] == 3
+
+
+def test_dry_run(model_dir: Path, store: str, tmp_path: Path) -> None:
+    write_documents(tmp_path / "docs", 6)
+    common = ("encode", tmp_path / "docs", "--store", store)
+    guess = data(*common, "--dry-run", KVILT_MODEL=str(model_dir))
+    assert not list((tmp_path / "store").glob("??/*.safetensors"))
+    done = data(*common, KVILT_MODEL=str(model_dir))
+    assert guess["dry_run"] is True
+    assert {k: guess[k] for k in ("documents", "encoded", "tokens", "bytes")} == {
+        k: done[k] for k in ("documents", "encoded", "tokens", "bytes")
+    }
+    text = run(*common, "--dry-run", "--model", model_dir).stdout
+    assert text.startswith("6 documents: 0 to encode, 6 already stored")
+
+
+def test_system_and_dtype_reach_the_model(model_dir: Path, docs: list[Path], store: str) -> None:
+    common = ("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 1)
+    plain, other, short = (
+        data(*common, *more)["usage"] for more in ((), ("--system", "Be brief."), ("--dtype", "bf16"))
+    )
+    assert other["hits"] == 1
+    assert other["reused_tokens"] < plain["reused_tokens"]
+    assert short["misses"] == 1

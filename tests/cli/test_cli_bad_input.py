@@ -1,0 +1,234 @@
+"""Every mistake gets one clear message and its exit code, and never costs what is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cli_kit import data, error, run, stored, write_documents
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+
+import zoo
+from kvilt.wrapper import Wrapper
+
+ASK = ("ask", "what?", "--max-new-tokens", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ask", "  ", "--docs", "DOCS"), "the question is empty"),
+        (("ask", "bad \udcff byte", "--docs", "DOCS"), "not UTF-8"),
+        (("ask", "what?"), "no documents"),
+        (("ask", "what?", "--docs", "nowhere.txt"), "no such file or folder: nowhere.txt"),
+        (
+            ("ask", "what?", "--docs", "DOCS", "--pick", "9.txt"),
+            r"no document has the id '9.txt'\. Did you mean '0\d.txt'",
+        ),
+        (("ask", "what?", "--docs", "DOCS", "--strategy", "blok"), "Did you mean 'block'"),
+        (("ask", "what?", "--docs", "DOCS", "--strategy", "block:sink"), "bad option 'sink'"),
+        (("ask", "what?", "--docs", "DOCS", "--strategy", "kvlink:link=5"), "Did you mean 'links'"),
+        (("ask", "what?", "--docs", "DOCS", "--strategy", "kvlink:links=five"), "kvlink:links wants"),
+        (("ask", "what?", "--docs", "DOCS", "--model", "MODEL", "--store", "dsk"), "Did you mean 'disk'"),
+        (("ask", "what?", "--docs", "DOCS", "--model", "MODEL", "--store", "disk:budget=lots"), "is not a size"),
+        (("ask", "what?", "--docs", "DOCS", "--json", "--stream"), "give one of them"),
+        (("ask", "what?", "--docs", "DOCS", "--logits", "nowhere/l.safetensors"), "no such folder"),
+        (("ask", "what?", "--docs", "DOCS"), "no model"),
+        (("encode", "DOCS", "--model", "nowhere/model"), "cannot load model 'nowhere/model'"),
+        (("encode", "EMPTY", "--model", "MODEL"), "empty.txt is empty"),
+        (("doctor", "DOCS"), "give --model"),
+        (("list", "strategies"), "Did you mean 'strategy'"),
+        (("cache", "show", "nothing", "--store", "memory"), "no stored document is called 'nothing'"),
+        (("cache", "rm", "--store", "memory"), "say which documents"),
+    ],
+)
+def test_before_a_model_is_loaded(
+    arguments: tuple[str, ...], message: str, model_dir: Path, docs: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    names = {"DOCS": docs[0].parent, "MODEL": model_dir, "EMPTY": tmp_path / "empty.txt"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert re.search(message, error(*(names.get(a, a) for a in arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "fp8"), "unknown dtype 'fp8'"),
+        (("--device", "abacus"), "unknown device 'abacus'"),
+        (("--strategy", "kv_packet"), "needs"),
+        (("--strategy", "kv_packet:wrapper=nowhere.safetensors"), "no wrapper file"),
+        (("--strategy", "block:sink=yes"), "option sink wants"),
+        (("--docs", "LONG"), "has 5001 tokens, the model's context holds 4096"),
+        (("--docs", "MANY"), r"the prompt takes \d+ positions, the model's context holds 4096"),
+    ],
+)
+def test_with_a_model(
+    arguments: tuple[str, ...], message: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("x" * 5000)
+    for i in range(3):
+        (tmp_path / "many").mkdir(exist_ok=True)
+        (tmp_path / "many" / f"{i}.txt").write_text(str(i) * 1500)
+    names = {"LONG": tmp_path / "long.txt", "MANY": tmp_path / "many"}
+    documents = () if "--docs" in arguments else ("--docs", docs[0])
+    given = (*documents, *(names.get(a, a) for a in arguments))
+    assert re.search(message, error(*ASK, *given, "--model", model_dir, "--store", store))
+
+
+def test_usage_errors_of_the_command_line_itself(model_dir: Path) -> None:
+    assert "No such command" in run("encod", code=2).stderr
+    assert "No such option" in run("ask", "what?", "--dokcs", "x", code=2).stderr
+    assert "Invalid value for" in run("ask", "what?", "--docs", "x", "--top-p", 3, code=2).stderr
+    assert "Missing argument" in run("encode", code=2).stderr
+
+
+def test_a_wrapper_for_another_model(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
+    common = (*ASK, "--docs", docs[0], "--model", model_dir, "--store", store)
+    Wrapper(torch.zeros(2, 32), torch.zeros(2, 32)).save(tmp_path / "small")
+    Wrapper(torch.zeros(2, 64), torch.zeros(2, 64), "0" * 64).save(tmp_path / "other")
+    assert "trained for another model" in error(*common, "--strategy", f"kv_packet:wrapper={tmp_path / 'small'}")
+    assert "was trained for weights" in error(*common, "--strategy", f"kv_packet:wrapper={tmp_path / 'other'}")
+
+
+def test_caches_of_another_model_tokenizer_or_dtype_are_never_served(
+    model_dir: Path, docs: list[Path], store: str, tmp_path: Path
+) -> None:
+    run("encode", *docs, "--model", model_dir, "--store", store)
+    zoo.save(tmp_path / "other", seed=2)
+    shutil.copytree(model_dir, tmp_path / "retokenized")
+    tokenizer = zoo.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "retokenized")
+    for model, more in ((tmp_path / "other", ()), (tmp_path / "retokenized", ()), (model_dir, ("--dtype", "fp16"))):
+        files = [tmp_path / name for name in ("a", "b")]
+        asked = (*ASK, "--docs", *docs, "--model", model, *more)
+        mixed = data(*asked, "--store", store, "--logits", files[0])
+        alone = data(*asked, "--store", "memory", "--logits", files[1])
+        assert mixed["usage"]["hits"] == 0
+        assert alone["usage"]["misses"] == mixed["usage"]["misses"] == 5
+        assert same_logits(*files)
+
+
+def test_a_tokenizer_for_a_larger_model(model_dir: Path, docs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = zoo.tokenizer()
+    tokenizer.add_tokens(["Document"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    message = error(*ASK, "--docs", *docs, "--model", tmp_path / "model", "--store", "memory")
+    assert "the tokenizer gives id 326, the model has 326 embeddings" in message
+
+
+def same_logits(a: Path, b: Path) -> bool:
+    """Equal but for rounding, which differs with the documents that were encoded in one batch."""
+    return torch.allclose(load_file(a)["logits"], load_file(b)["logits"], rtol=1e-4, atol=1e-4)
+
+
+def damage(path: Path, how: str) -> None:
+    """Spoil a stored file in place."""
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "foreign":
+        save_file({"x": torch.zeros(3)}, path)
+    elif how == "header":
+        content[200] ^= 1
+        path.write_bytes(content)
+    else:
+        content[-5000] ^= 16
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "header", "bit"])
+def test_damaged_files_are_set_aside_and_encoded_again(
+    how: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
+) -> None:
+    common = (*ASK, "--docs", *docs, "--model", model_dir, "--store", store)
+    data(*common, "--logits", tmp_path / "before")
+    damage(stored(tmp_path / "store")[2], how)
+    result = run(*common, "--json", "--logits", tmp_path / "after")
+    assert "damaged" in result.stderr
+    assert same_logits(tmp_path / "before", tmp_path / "after")
+    assert list((tmp_path / "store" / "aside").glob("*.reason"))
+    assert data(*common)["usage"]["hits"] == 5
+    assert data("cache", "verify", "--store", store)["damaged"] == []
+
+
+@contextlib.contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """A read-only folder; root, whom permissions do not stop, becomes nobody meanwhile."""
+    folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
+    for file in path.rglob("*"):
+        file.chmod(0o555)
+    path.chmod(0o555)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def no_space(path: Path) -> Iterator[None]:
+    """A full disk: a mounted one, or where that is not allowed a limit on the size of files."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(path)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_read_only_store_still_answers(docs: list[Path]) -> None:
+    with tempfile.TemporaryDirectory() as name:  # one that nobody may enter, too
+        folder = Path(name)
+        folder.chmod(0o755)
+        model = zoo.save(folder / "model")
+        paths = write_documents(folder / "docs", 3)
+        store = f"disk:path={folder / 'store'}"
+        run("encode", paths[0], "--model", model, "--store", store)
+        with unwritable(folder):
+            result = run(*ASK, "--docs", *paths, "--model", model, "--store", store)
+            assert "1 hits, 2 misses" in result.stderr
+            assert "cannot write" in result.stderr
+            assert (
+                "cannot make the store" in run(*ASK, "--docs", *paths, "--model", model, "--store", f"{store}2").stderr
+            )
+            assert "cannot write" in error("encode", *paths, "--model", model, "--store", store, code=3)
+            found = data("doctor", *paths, "--model", model, "--store", store, code=1)["findings"]
+            assert any(f["status"] == "problem" and "cannot be written" in f["what"] for f in found)
+        assert data("encode", *paths, "--model", model, "--store", store)["encoded"] == 2
+
+
+def test_a_full_disk_still_answers(model_dir: Path, docs: list[Path], tmp_path: Path) -> None:
+    common = (*ASK, "--docs", *docs, "--model", model_dir)
+    data(*common, "--store", "memory", "--logits", tmp_path / "before")
+    with no_space(tmp_path / "full"):
+        store = f"disk:path={tmp_path / 'full' / 'store'}"
+        result = run(*common, "--store", store, "--json")
+        assert "not stored: cannot write" in result.stderr
+        assert "cannot write" in error("encode", *docs, "--model", model_dir, "--store", store, code=3)

@@ -1,0 +1,136 @@
+"""What only real processes can show: kill -9, Ctrl-C, two at once, and a restart in between."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cli_kit import Processes, data, stored, wait_for, write_documents
+
+from kvilt.stores.disk import DiskStore
+
+
+def whole(path: Path) -> None:
+    """Every stored document can be read completely, and after a gc the index knows it and no leftovers remain."""
+    store = DiskStore(str(path))
+    assert store.verify() == []
+    store.gc()
+    assert not list(path.rglob("*.tmp"))
+    assert {e.key for e in store.entries()} == {f.stem for f in stored(path)}
+    store.close()
+
+
+def test_killed_at_random_moments(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "docs", 50)
+    command = (
+        "encode",
+        tmp_path / "docs",
+        "--model",
+        model_dir,
+        "--store",
+        f"disk:path={tmp_path / 'store'}",
+        "--json",
+    )
+    chance, before, killed = random.Random(11), 0, 0
+    for _ in range(6):
+        process = processes.start(*command)
+        wait_for(lambda: len(stored(tmp_path / "store")) > before)  # noqa: B023 - called at once
+        time.sleep(chance.random() * 0.1)
+        process.kill(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        found = len(stored(tmp_path / "store"))
+        assert found > before
+        before = found
+        if before == 50:
+            break
+    assert killed >= 2
+    final = processes.start(*command)
+    assert final.wait() == 0, final.stderr
+    report = json.loads(final.stdout)
+    assert (report["present"], report["encoded"]) == (before, 50 - before)  # nothing but what was in flight is lost
+    whole(tmp_path / "store")
+
+
+def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "docs", 50, words=60)
+    command = ("encode", tmp_path / "docs", "--model", model_dir, "--store", f"disk:path={tmp_path / 'store'}")
+    process = processes.start(*command)
+    wait_for(lambda: len(stored(tmp_path / "store")) > 3)
+    process.kill(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stdout == ""
+    assert "Run the same command again" in process.stderr
+    assert "Traceback" not in process.stderr
+    found = len(stored(tmp_path / "store"))
+    assert 3 < found < 50
+    again = processes.start(*command, "--json")
+    assert again.wait() == 0, again.stderr
+    assert json.loads(again.stdout)["present"] == found
+    whole(tmp_path / "store")
+
+
+def test_two_at_once_do_the_work_once(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "docs", 50)
+    command = (
+        "encode",
+        tmp_path / "docs",
+        "--model",
+        model_dir,
+        "--store",
+        f"disk:path={tmp_path / 'store'}",
+        "--json",
+    )
+    both = [processes.start(*command) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0], [p.stderr for p in both]
+    reports = [json.loads(p.stdout) for p in both]
+    assert sum(r["encoded"] for r in reports) == 50
+    assert len(stored(tmp_path / "store")) == 50
+    whole(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def collection(processes: Processes, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty documents, encoded by a process that is gone."""
+    folder = tmp_path_factory.mktemp("collection")
+    write_documents(folder / "docs", 50)
+    process = processes.start(
+        "encode", folder / "docs", "--model", model_dir, "--store", f"disk:path={folder / 'store'}"
+    )
+    assert process.wait() == 0, process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_any_five_in_any_order_after_a_restart(
+    collection: Path, processes: Processes, model_dir: Path, reverse: bool
+) -> None:
+    picked = random.Random(3).sample(sorted((collection / "docs").iterdir()), 5)
+    order = picked[::-1] if reverse else picked
+    command = (
+        "ask",
+        "what is it?",
+        "--docs",
+        *order,
+        "--model",
+        model_dir,
+        "--store",
+        f"disk:path={collection / 'store'}",
+    )
+    process = processes.start(*command, "--json", "--max-new-tokens", 4)
+    assert process.wait() == 0, process.stderr
+    usage = json.loads(process.stdout)["usage"]
+    assert (usage["hits"], usage["misses"]) == (5, 0)
+
+
+def test_nothing_is_encoded_a_second_time(collection: Path, model_dir: Path) -> None:
+    common = ("--model", model_dir, "--store", f"disk:path={collection / 'store'}")
+    report = data("encode", collection / "docs", *common)
+    assert (report["documents"], report["encoded"], report["present"]) == (50, 0, 50)
+    for five in itertools.islice(itertools.combinations(sorted((collection / "docs").iterdir()), 5), 0, 4000, 2000):
+        usage = data("ask", "what?", "--docs", *five, *common, "--max-new-tokens", 1)["usage"]
+        assert (usage["hits"], usage["misses"]) == (5, 0)
