@@ -79,6 +79,11 @@ class Model:
     def embed(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
         """Input embeddings of ids; ids below zero name rows of `learned` (id -1: row 0). (..., hidden)."""
         table = self.hf.get_input_embeddings()
+        if tokens.numel() and not tokens.is_cuda and int(tokens.max()) >= len(table.weight):
+            raise ModelError(
+                f"the tokenizer gives id {int(tokens.max())}, the model has {len(table.weight)} embeddings: "
+                "it belongs to another model."
+            )
         tokens = tokens.to(self.shape.device)
         out: Tensor = table(tokens.clamp(min=0))
         if learned is None:
