@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
     """A model ready to serve, and its tokenizer. Raises ModelError when it cannot be loaded or served exactly."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = _device(device)
+    place, name = _device(device), _folder(name)
     try:
         config = AutoConfig.from_pretrained(name)
         support.check_config(config)
@@ -32,6 +33,18 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}{hint}") from error
     hf.kvilt_unchanged = True  # weights are those of the files: their digest may be remembered
     return Model(hf, tokenizer_digest(tokenizer)), tokenizer
+
+
+def _folder(name: str) -> str:
+    """`builtin` and `builtin-VARIANT` are models that ship with the package; other names are left alone."""
+    if name.partition("-")[0] != "builtin" or Path(name).exists():
+        return name
+    shipped = Path(str(files("kvilt"))) / "builtin"
+    found = shipped / name.replace("builtin", "model", 1)
+    if not found.is_dir():
+        known = ", ".join(sorted(f.name.replace("model", "builtin", 1) for f in shipped.glob("model*")))
+        raise ModelError(f"no built-in model {name!r}. Known: {known or 'none'}.")
+    return str(found)
 
 
 def _device(device: str) -> torch.device:

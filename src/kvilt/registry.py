@@ -39,6 +39,7 @@ TABLE: dict[str, dict[str, str]] = {
         "niah": "kvilt.evaluate.tasks.niah:NeedleInAHaystack",
         "biography": "kvilt.evaluate.tasks.biography:Biography",
         "babi": "kvilt.evaluate.tasks.babi:Babi",
+        "builtin": "kvilt.evaluate.tasks.builtin:Builtin",
     },
 }
 

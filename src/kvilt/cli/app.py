@@ -123,4 +123,4 @@ def list_(
 mount.add(app, "bench", "kvilt.bench.cli", "Measure time to first token, load and encoding.")
 mount.add(app, "evaluate", "kvilt.evaluate.cli", "Measure answer quality on datasets.")
 mount.add(app, "train", "kvilt.train.cli", "Train what a strategy needs: kvlink, packet.")
-mount.add(app, "demo", "kvilt.builtin.demo", "See it work on the built-in model and documents.")
+mount.add(app, "demo", "kvilt.demo", "See it work on the built-in model and documents.")
