@@ -113,6 +113,7 @@ class Mix:
     chunked: float
     story: float  # share of story samples
     babi: float  # share of bAbI samples
+    pool: int = 7  # kinds of facts about the people of one context
 
 
 def draw(rng: random.Random, mix: Mix, babi: list[Sample]) -> Sample:
@@ -122,7 +123,7 @@ def draw(rng: random.Random, mix: Mix, babi: list[Sample]) -> Sample:
         return rng.choice(babi)
     if chance < mix.babi + mix.story:
         return stories.build(rng, "train", rng.randint(2, mix.largest))
-    return contexts.build(rng, "train", rng.randint(2, mix.largest), mix.chunked)
+    return contexts.build(rng, "train", rng.randint(2, mix.largest), mix.chunked, mix.pool)
 
 
 def rows(encoder: Encoder, rng: random.Random, mix: Mix, babi: list[Sample], count: int, length: int) -> list[Row]:

@@ -40,6 +40,7 @@ class Builder:
     people: list[Entity] = field(default_factory=list)
     companies: list[Entity] = field(default_factory=list)
     colleges: list[Entity] = field(default_factory=list)
+    relations: list[str] = field(default_factory=lambda: list(PERSON_RELATIONS))
     told: set[str] = field(default_factory=set)  # names of companies and colleges that have a page
 
     @property
@@ -64,7 +65,7 @@ class Builder:
         """A new person with three or four facts, sometimes named like another one."""
         similar = self.people and self.rng.random() < 0.35
         person = self.world.person(self.rng.choice(self.people).name if similar else None)
-        for relation in self.rng.sample(PERSON_RELATIONS, self.rng.choice([3, 3, 4])):
+        for relation in self.rng.sample(self.relations, min(self.rng.choice([3, 3, 4]), len(self.relations))):
             person.facts[relation] = self.value(relation)
         self.people.append(person)
         return person
@@ -187,14 +188,16 @@ class Builder:
         return block
 
 
-def build(rng: random.Random, split: str, size: int, chunked: float = 0.5) -> Sample:
+def build(rng: random.Random, split: str, size: int, chunked: float = 0.5, pool: int = 3) -> Sample:
     """A context of about `size` pages with all its questions, shuffled."""
-    return arrange(write(rng, split, size, chunked))
+    return arrange(write(rng, split, size, chunked, pool))
 
 
-def write(rng: random.Random, split: str, size: int, chunked: float = 0.5) -> Builder:
-    """Blocks of about `size` pages in all."""
+def write(rng: random.Random, split: str, size: int, chunked: float = 0.5, pool: int = 3) -> Builder:
+    """Blocks of about `size` pages in all; the fewer kinds of facts in the pool, the more people share each."""
     builder = Builder(World(rng, split))
+    if pool < len(PERSON_RELATIONS):
+        builder.relations = rng.sample(PERSON_RELATIONS, pool)
     while builder.size() + len(builder.companies) + len(builder.colleges) < size:
         builder.add_person(rng.random() < chunked)
     builder.add_organisations()
