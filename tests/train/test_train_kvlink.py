@@ -1,0 +1,208 @@
+"""KVLink fine-tuning through transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import train_kit as kit
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import zoo
+from kvilt.engine import Engine
+from kvilt.errors import MissingExtra, TrainError, UserError
+from kvilt.strategies.kvlink import LLAMA3_VOCABULARY, LinkTokens
+from kvilt.train import hf as glue
+from kvilt.train.data import Sample, Source
+from kvilt.train.kinds import sft, text
+from kvilt.train.kvlink import KVLinkConfig, train_kvlink
+from kvilt.train.tokens import link_tokens
+from kvilt.types import Document
+
+
+def train(model, out, samples=None, tests=None, on_progress=lambda _: None, **settings) -> Path:
+    return train_kvlink(
+        str(model), samples or kit.samples(), replace(kit.LINKED, **settings), out, held_out, on_progress
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_whole_model_learns_and_is_served(model_dir, tmp_path):
+    seen = []
+    out = train(model_dir, tmp_path, steps=20, evaluate_every=10, on_progress=seen.append)
+    losses = [p.loss for p in seen]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert isinstance(seen[-1].held_out, float)
+    before, after = weights(model_dir), weights(out)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[n], after[n]) for n in before)
+    tokens = LinkTokens.from_json((out / "kvlink.json").read_text())
+    assert (len(tokens.ids), len(tokens.ids[0]), len(tokens.start), len(tokens.end)) == (4, 2, 1, 1)
+    engine = Engine.load(str(out), "kvlink:links=2", "memory")
+    assert engine.strategy.tokens == tokens
+    documents = [Document("oak 1"), Document("elm 2")]
+    computed = engine.answer("q?", documents, max_new_tokens=2).usage.computed_tokens
+    assert computed == len(engine.text.question_ids("q?")) + 2 * 2 + 2
+    assert not list(out.glob("*.bin"))
+
+
+def test_without_links_it_is_block_fine_tuning(model_dir, tmp_path):
+    out = train(model_dir, tmp_path, links=0, markers=False, steps=2)
+    assert json.loads((out / "kvlink.json").read_text()) == {"ids": [], "start": [], "end": []}
+    linked = Engine.load(str(out), "kvlink:links=0", "memory").plan("q?", [Document("a")])
+    block = Engine.load(str(out), "block", "memory").plan("q?", [Document("a")])
+    assert torch.equal(linked.positions, block.positions)
+
+
+def test_killed_and_resumed_equals_uninterrupted(model_dir, tmp_path):
+    script = str(Path(__file__).with_name("killed.py"))
+    died = subprocess.run(
+        [sys.executable, script, "kvlink", str(tmp_path / "killed"), str(model_dir)], capture_output=True, timeout=100
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    broken = tmp_path / "killed" / "checkpoints" / "checkpoint-99"
+    broken.mkdir()  # killed while it was written: no state in it
+    steps = []
+    resumed = train(model_dir, tmp_path / "killed", on_progress=lambda p: steps.append(p.step))
+    assert steps == [5, 6]
+    assert kit.same(weights(resumed), weights(train(model_dir, tmp_path / "whole")))
+
+
+def test_early_stopping_writes_the_best_step(model_dir, tmp_path):
+    seen = []
+    out = train(model_dir, tmp_path, steps=40, lr=0.5, warmup=0.0, patience=1, on_progress=seen.append)
+    assert seen[-1].step < 40
+    best = tmp_path / "checkpoints" / f"checkpoint-{max(seen[-1].best_step, 2)}"
+    assert kit.same(weights(out), weights(best))
+    assert (best / "kvlink.json").is_file()
+
+
+def test_the_mixture_trains_reuse_and_standard_tasks(model_dir, tmp_path):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    standard = tuple(replace(s, reuse=False, where="s") for s in kit.samples(8, 2))
+    talk = tuple(sft({"messages": [*chat, {"role": "user", "content": str(i)}, chat[1]]}, f"c{i}") for i in range(6))
+    plain = tuple(text({"text": f"once upon a time {i}"}, f"t{i}") for i in range(6))
+    named = {"qa": tuple(kit.samples()), "qa-standard": standard, "sft": talk, "text": plain}
+    sources = [Source(s, 1.0, n) for n, s in named.items()]
+    assert train(model_dir, tmp_path, sources, systems=("One.", "Two."), batch=8).is_dir()
+
+
+def test_link_tokens_are_added_where_none_are_reserved(model_dir, tmp_path):
+    out = train(model_dir, tmp_path, slots=40, steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokens = LinkTokens.from_json((out / "kvlink.json").read_text())
+    assert len(tokenizer) == zoo.VOCABULARY + 2 + 40 * 2
+    assert tokenizer.convert_ids_to_tokens(tokens.ids[3][1]) == "<|link_3_1|>"
+    assert weights(out)["model.embed_tokens.weight"].shape[0] == len(tokenizer)
+    again = train(out, tmp_path / "again", slots=40, steps=2)
+    assert LinkTokens.from_json((again / "kvlink.json").read_text()) == tokens
+    with pytest.raises(TrainError, match="2 link tokens in 40 slots, not 5"):
+        train(out, tmp_path / "more", links=5, slots=40)
+
+
+def test_the_published_layout():
+    class Vocabulary:
+        name_or_path = ""
+        get_input_embeddings = staticmethod(lambda: torch.nn.Embedding(LLAMA3_VOCABULARY, 1))
+
+    tokens = link_tokens(Vocabulary(), None, (), 5, 40)
+    assert (tokens.ids[0][0], tokens.ids[39][4], tokens.start, tokens.end) == (128011, 128210, (128254,), (128255,))
+
+
+def test_a_broken_loss_keeps_the_last_good_step(model_dir, tmp_path, monkeypatch):
+    real, calls = glue.cross_entropy, []
+
+    def breaking(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) > 7 else 1.0)
+
+    monkeypatch.setattr(glue, "cross_entropy", breaking)
+    with pytest.raises(TrainError, match="not a number"):
+        train(model_dir, tmp_path)
+    kept = weights(tmp_path / "last-good")
+    assert all(torch.isfinite(w).all() for w in kept.values())
+    assert not kit.same(kept, weights(model_dir))
+
+
+def test_a_broken_gradient_stops_before_the_step(tmp_path):
+    watch, parameter = glue._Watch(LinkTokens(()), lambda _: None), torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, float("inf")])
+    holder = torch.nn.Module()
+    holder.weight = parameter
+    with pytest.raises(TrainError, match="step 3"):
+        watch.on_pre_optimizer_step(None, type("State", (), {"global_step": 2}), None, model=holder)
+
+
+def test_lora_needs_its_package(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtra, match="kvilt\\[train\\]"):
+        train(model_dir, tmp_path, lora=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": ()}, "made:0: no answer"),
+        ({"documents": ()}, "made:0: no documents"),
+        ({"documents": (Document("x" * 600),)}, "made:0: .* max_tokens is 512"),
+        ({"documents": (Document("x"),) * 9}, "9 documents, but link tokens for 4"),
+    ],
+)
+def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, message):
+    bad = [replace(s, **change) if i == 0 else s for i, s in enumerate(kit.samples())]
+    with pytest.raises(UserError, match=message):
+        train(model_dir, tmp_path, bad, tests=kit.samples(12)[8:])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"links": -1},
+        {"slots": 0},
+        {"steps": 0},
+        {"batch": 3},
+        {"lr": float("inf")},
+        {"warmup": 2.0},
+        {"dtype": "int8"},
+        {"patience": 0},
+        {"max_tokens": 9999},
+        {"lora": -1},
+        {"held_out": 0.0},
+    ],
+    ids=str,
+)
+def test_bad_settings(model_dir, tmp_path, settings):
+    with pytest.raises(TrainError):
+        train(model_dir, tmp_path, **settings)
+
+
+def test_wrong_splits_and_other_runs(model_dir, tmp_path):
+    with pytest.raises(TrainError, match="wrong split"):
+        train(model_dir, tmp_path, tests=kit.samples(1))
+    with pytest.raises(TrainError, match="empty"):
+        train(model_dir, tmp_path, tests=[])
+    train(model_dir, tmp_path, steps=2)
+    with pytest.raises(TrainError, match="another model, data or settings"):
+        train(model_dir, tmp_path, steps=4)
+
+
+def test_batches_are_divided_among_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert KVLinkConfig().accumulation == 2
+    with pytest.raises(TrainError, match="batch=8"):
+        _ = KVLinkConfig(batch=8).accumulation
+
+
+def test_samples_are_hashable():
+    assert len({Sample(()), Sample(())}) == 1
