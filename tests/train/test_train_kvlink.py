@@ -29,7 +29,7 @@ from kvilt.types import Document
 
 def train(model, out, samples=None, tests=None, on_progress=lambda _: None, **settings) -> Path:
     return train_kvlink(
-        str(model), samples or kit.samples(), replace(kit.LINKED, **settings), out, held_out, on_progress
+        str(model), samples or kit.samples(), replace(kit.LINKED, **settings), out, tests, on_progress
     )
 
 
