@@ -23,20 +23,21 @@ def ttft(
     shape: Shape = "llama-1b",
     documents: Annotated[
         str, typer.Option(help="Documents of 500 tokens per prompt; a list gives a curve: 2,4,8.")
-    ] = "10",
+    ] = "2,4,10,16,32",
     strategies: Annotated[
         list[str] | None, typer.Option("--strategy", help="Strategies; WRAPPER stands for a random one.")
     ] = None,
-    repeats: Repeats = 5,
+    repeats: Repeats = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Out = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder that keeps the caches between runs.")] = None,
 ) -> None:
     """Time to first token per strategy, beside full prefill and beside the floor."""
     from kvilt.bench import curve
 
     counts = [int(n) for n in documents.split(",")]
-    result = curve.run(shape, counts, strategies or STRATEGIES, repeats, dtype, device, _note)
+    result = curve.run(shape, counts, strategies or STRATEGIES, repeats, dtype, device, _note, keep)
     _finish("ttft", result, out, curve.table(result))
     if out:
         curve.plot(result, out / "ttft.png")

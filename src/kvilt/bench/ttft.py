@@ -39,7 +39,7 @@ class Setting:
     engines: dict[str, Engine]
     documents: list[Document]
     question: str
-    files: list[Path]
+    store: Path
 
 
 def setting(model: Model, specs: Sequence[str], folder: Path, documents: int) -> Setting:
@@ -49,14 +49,14 @@ def setting(model: Model, specs: Sequence[str], folder: Path, documents: int) ->
     text = TextFormat.of(word_tokenizer(), system="w1 w2 w3 w4 w5")
     wrapper = folder / "wrapper.safetensors"
     width = model.hf.config.hidden_size
-    Wrapper(torch.randn(8, width) * 0.02, torch.randn(8, width) * 0.02).save(wrapper)
+    if not wrapper.is_file():
+        Wrapper(torch.randn(8, width) * 0.02, torch.randn(8, width) * 0.02).save(wrapper)
     engines = {spec: Engine(model, text, _strategy(spec, wrapper), store) for spec in specs}
     texts = collection(documents, DOCUMENT_TOKENS - 1)
     for engine in engines.values():
         if engine.strategy.encoding is not None:
             engine.encode(texts)
-    files = sorted((folder / "store").rglob("*.safetensors"), key=lambda f: -f.stat().st_size)[: len(texts)]
-    return Setting(engines, texts, text_of(QUESTION_TOKENS, seed=9999), files)
+    return Setting(engines, texts, text_of(QUESTION_TOKENS, seed=9999), folder / "store")
 
 
 def _strategy(spec: str, wrapper: Path) -> Strategy:
@@ -67,7 +67,7 @@ def _strategy(spec: str, wrapper: Path) -> Strategy:
 
 
 def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
-    """TTFT, floor and steps of every strategy, in turns; the first round warms up and does not count."""
+    """TTFT, floor and steps of every strategy, in turns; a first round of all but full prefill warms up."""
     steps: dict[str, dict[str, float]] = {}
 
     def ttft(name: str) -> Callable[[], float]:
@@ -79,37 +79,36 @@ def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
         return once
 
     turns = {name: ttft(name) for name in made.engines}
-    plans = {
-        name: e.plan(made.question, made.documents)
-        for name, e in made.engines.items()
-        if e.strategy.encoding is not None
-    }
+    reusing = {name: e for name, e in made.engines.items() if e.strategy.encoding is not None}
+    plans = {name: e.plan(made.question, made.documents) for name, e in reusing.items()}
     turns |= {f"{name} forward": _forward(made.engines[name].model, plan) for name, plan in plans.items()}
-    turns["readinto"] = lambda: _readinto(made.files)
+    files = _files(made, next(iter(plans.values())))
+    turns["readinto"] = lambda: _readinto(files)
     for warm in (t for name, t in turns.items() if name != "full"):
         warm()
     found = take_turns(turns, repeats)
-    return {name: _row(name, made, found, plans.get(name), steps[name]) for name in made.engines}
+    rate = sum(f.stat().st_size for f in files) / summary(found["readinto"])["median"]
+    return {name: _row(name, made, found, plans.get(name), rate) | {"steps_s": steps[name]} for name in made.engines}
 
 
-def _row(
-    name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, steps: dict[str, float]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"ttft_s": summary(found[name]), "steps_s": steps}
+def _files(made: Setting, plan: Plan) -> list[Path]:
+    """The files that a plan reads."""
+    keys = [s.cache.key.digest for s in plan.segments if s.cache is not None]
+    return [next(made.store.rglob(f"{key}*.safetensors")) for key in keys]
+
+
+def _row(name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, rate: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"ttft_s": summary(found[name])}
     if "full" in found:
         row["of_full"] = row["ttft_s"]["median"] / summary(found["full"])["median"]
-    if plan is not None:
-        loaded = sum(s.cache.nbytes for s in plan.segments if s.cache is not None and s.reused.any())
-        rate = sum(f.stat().st_size for f in made.files) / summary(found["readinto"])["median"]
-        forward = summary(found[f"{name} forward"])["median"]
-        floor = forward + loaded / rate
-        row |= {"forward_s": forward, "bytes": loaded, "readinto_bytes_per_s": rate, "floor_s": floor}
-        row["of_floor"] = row["ttft_s"]["median"] / floor
-        row["computed_tokens"], row["charged"] = (
-            len(plan.computed_rows),
-            plan.charged(made.engines[name].info.linear_cost),
-        )
-    return row
+    if plan is None:
+        return row
+    loaded = sum(s.cache.nbytes for s in plan.segments if s.cache is not None and s.reused.any())
+    forward = summary(found[f"{name} forward"])["median"]
+    floor = forward + loaded / rate
+    row |= {"forward_s": forward, "bytes": loaded, "readinto_bytes_per_s": rate, "floor_s": floor}
+    row |= {"of_floor": row["ttft_s"]["median"] / floor, "computed_tokens": len(plan.computed_rows)}
+    return {**row, "charged": plan.charged(made.engines[name].info.linear_cost)}
 
 
 def _forward(model: Model, plan: Plan) -> Callable[[], float]:
