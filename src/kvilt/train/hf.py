@@ -25,6 +25,7 @@ from kvilt.train.losses import cross_entropy
 
 _OPTIONS = {f.name for f in fields(TrainingArguments)}
 CHECKPOINTS, LAST_GOOD = "checkpoints", "last-good"
+GOOD = f"The weights of the last good step are in {LAST_GOOD}, earlier ones in {CHECKPOINTS}."
 # transformers renamed the option
 _CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _OPTIONS)
 STATE = "trainer_state.json"  # the last file of a complete checkpoint
@@ -46,7 +47,7 @@ class Settings:
     evaluate_every: int = 200  # steps between held-out evaluations and checkpoints
     patience: int = 5  # evaluations without a better one before the training stops
     workers: int = 0  # processes that prepare batches
-    fsdp: str = ""  # transformers' fsdp option; `accelerate launch` with an FSDP configuration needs none
+    fsdp: bool = False  # split weights over processes; `accelerate launch` with an FSDP configuration needs it not
     seed: int = 42
 
     def check(self) -> None:
@@ -139,7 +140,8 @@ def _arguments(s: Settings, folder: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         dataloader_num_workers=s.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        fsdp=s.fsdp or None,
+        **({"fsdp": True} if s.fsdp else {}),
+        ddp_find_unused_parameters=False,
         report_to=[],
         disable_tqdm=True,
         seed=s.seed,
@@ -162,14 +164,11 @@ def inputs_of(rows: Sequence[Row], numbers: bool = False) -> dict[str, Any]:
 
 
 def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Mean cross-entropy over the labels of the whole step. Raises TrainError when it is not a number."""
+    """Mean cross-entropy over the labels of the whole step."""
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     labels = labels[:, -logits.shape[1] :]  # a plain text has a label in its very first row, and no column more
     count = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-    loss = cross_entropy(logits.float(), labels) / count
-    if not torch.isfinite(loss):
-        raise TrainError(f"the loss is not a number. The last good step is in {LAST_GOOD}.")
-    return loss
+    return cross_entropy(logits.float(), labels) / count
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -180,12 +179,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.held_out: float | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Raise TrainError before a step would carry a broken gradient into the weights."""
+        """Raise TrainError before a broken loss is carried into the weights; in all processes alike, for they share it."""
         sums = [p.grad.sum() for p in more["model"].parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(s)) for s in sums):
-            raise TrainError(
-                f"step {state.global_step + 1}: a gradient is not a number. The last good step is in {LAST_GOOD}."
-            )
+            raise TrainError(f"step {state.global_step + 1}: the loss or its gradient is not a number. {GOOD}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Raise TrainError when the held-out loss is not a number."""
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise TrainError(f"step {state.global_step}: the held-out loss is not a number. {GOOD}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Pass losses on."""

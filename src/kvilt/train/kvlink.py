@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import set_seed
 
 from kvilt import attention, support
 from kvilt.errors import MissingExtra, ModelError, TrainError
@@ -93,6 +95,7 @@ def train_kvlink(
     tests = _tests(rows, held_out)
     _check_lengths(rows, (*sources, *tests.sources), hf.config.max_position_embeddings)
     _claim(out, model, config, sources)
+    set_seed(config.seed)  # LoRA's matrices are drawn
     run(_adapted(hf, config, tokens), tokenizer, rows, tests, config, tokens, out, on_progress)
     return out
 
@@ -171,7 +174,10 @@ def _claim(out: Path, model: str, c: KVLinkConfig, sources: Sequence[Source]) ->
     note = out / RUN
     if note.is_file() and json.loads(note.read_text()).get("digest") != made:
         raise TrainError(f"{out} belongs to a run with another model, data or settings. Choose another folder.")
-    note.write_text(json.dumps({"digest": made, "model": model, "config": asdict(c)}, indent=1))
+    if os.environ.get("RANK", "0") == "0":
+        temporary = note.with_suffix(".part")
+        temporary.write_text(json.dumps({"digest": made, "model": model, "config": asdict(c)}, indent=1))
+        temporary.replace(note)
 
 
 def _adapted(hf: Any, c: KVLinkConfig, tokens: LinkTokens) -> Any:

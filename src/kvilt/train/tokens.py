@@ -53,4 +53,5 @@ def _draw_like_others(hf: Any, first: int) -> None:
 
     weight = hf.get_input_embeddings().weight
     with torch.no_grad():
-        weight[first:].normal_(float(weight[:first].mean()), float(weight[:first].std()))
+        generator = torch.Generator(weight.device).manual_seed(0)  # the same in every process
+        weight[first:].normal_(float(weight[:first].mean()), float(weight[:first].std()), generator=generator)
