@@ -1,3 +1,65 @@
 """Kvilt: encode every document once, alone, and reuse its KV cache in any prompt."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvilt.encoder import EncodeReport
+    from kvilt.engine import Engine
+    from kvilt.errors import KviltError, StoreError, UserError
+    from kvilt.model import Model
+    from kvilt.plan import Layout, Plan, Segment
+    from kvilt.stores.base import CacheStore
+    from kvilt.strategies.base import Strategy
+    from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "Answer": "types",
+    "CacheStore": "stores.base",
+    "Document": "types",
+    "DocumentCache": "types",
+    "EncodeReport": "encoder",
+    "Encoding": "types",
+    "Engine": "engine",
+    "KviltError": "errors",
+    "Layout": "plan",
+    "Model": "model",
+    "Plan": "plan",
+    "Prompt": "types",
+    "Segment": "plan",
+    "StoreError": "errors",
+    "Strategy": "strategies.base",
+    "Usage": "types",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "Answer",
+    "CacheStore",
+    "Document",
+    "DocumentCache",
+    "EncodeReport",
+    "Encoding",
+    "Engine",
+    "KviltError",
+    "Layout",
+    "Model",
+    "Plan",
+    "Prompt",
+    "Segment",
+    "StoreError",
+    "Strategy",
+    "Usage",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when they are first used: `import kvilt` alone does not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvilt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvilt.{_HOME[name]}"), name)

@@ -5,6 +5,7 @@ Rotations compose, so moving by `d` is one rotation by `d * inv_freq`, whatever 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Rope:
     inv_freq: Tensor  # (rotary_dim / 2,) float64, CPU
     interleaved: bool = False  # GLM, Cohere: neighbouring channels are pairs; else channel i pairs with i + half
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (a rope lives as long as its model)
     def angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of a move by `by` positions, (rotary_dim / 2,) float32."""
         angle = self.inv_freq * by
