@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kvilt.encoder import Item
 from kvilt.engine import Engine
 from kvilt.errors import DamagedCache, StoreUnavailable
@@ -199,8 +201,6 @@ class _Lookup:
 
     def system(self) -> list[Finding]:
         """Whether the prompt's system part is the one that was used before."""
-        import torch
-
         ids = torch.tensor(self.engine.info.system, dtype=torch.long)
         key = self.engine.model.key(ids, Encoding())
         before = [e for e in self.by_title["system"] if e.fields.get("model") == key.model]

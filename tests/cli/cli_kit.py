@@ -105,7 +105,8 @@ class Process:
     @property
     def stdout(self) -> str:
         """What it printed."""
-        return self.out.with_suffix(".out").read_text()
+        path = self.out.with_suffix(".out")
+        return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def stderr(self) -> str:

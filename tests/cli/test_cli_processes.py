@@ -37,7 +37,7 @@ def test_killed_at_random_moments(processes: Processes, model_dir: Path, tmp_pat
         "--json",
     )
     chance, before, killed = random.Random(11), 0, 0
-    for _ in range(6):
+    for _ in range(4):
         process = processes.start(*command)
         wait_for(lambda: len(stored(tmp_path / "store")) > before)  # noqa: B023 - called at once
         time.sleep(chance.random() * 0.1)
@@ -72,6 +72,28 @@ def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: 
     assert again.wait() == 0, again.stderr
     assert json.loads(again.stdout)["present"] == found
     whole(tmp_path / "store")
+
+
+def test_ctrl_c_while_an_answer_is_printed(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
+    docs = write_documents(tmp_path / "docs", 1)
+    common = (
+        "--model",
+        model_dir,
+        "--store",
+        "memory",
+        "--stream",
+        "--max-new-tokens",
+        3000,
+        "--temperature",
+        9,
+        "--seed",
+        4,
+    )
+    process = processes.start("ask", "what?", "--docs", *docs, *common)
+    wait_for(lambda: process.stdout)
+    process.kill(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stderr == "error: stopped.\n"
 
 
 def test_two_at_once_do_the_work_once(processes: Processes, model_dir: Path, tmp_path: Path) -> None:

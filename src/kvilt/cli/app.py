@@ -20,10 +20,6 @@ app = typer.Typer(
 )
 app.add_typer(cache.app, name="cache")
 
-WHAT = ".txt, .md or .jsonl files, folders of them, or - for stdin."
-Docs = Annotated[list[str], Argument(metavar="DOCS...", help=WHAT)]
-SomeDocs = Annotated[list[str] | None, Argument(metavar="[DOCS...]", help=WHAT)]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -33,20 +29,33 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+WHAT = ".txt, .md or .jsonl files, folders of them, or - for stdin."
+Docs = Annotated[list[str], Argument(metavar="DOCS...", help=WHAT)]
+SomeDocs = Annotated[list[str] | None, Argument(metavar="[DOCS...]", help=WHAT)]
+DocsOption = Annotated[
+    list[str] | None, Option("--docs", "-d", metavar="PATH...", help="Documents, as for encode; takes several.")
+]
+Pick = Annotated[
+    list[str] | None, Option("--pick", metavar="ID...", help="Ids of those to use, in order; takes several.")
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
+TimeToLive = Annotated[float | None, Option("--ttl", min=0, help="Seconds until the caches expire.")]
+Question = Annotated[str, Argument(metavar="QUESTION", help="What to answer from the documents.")]
+Ask = Annotated[str, Option("--question", help="What to ask.")]
+Limit = Annotated[int, Option("--limit", min=1, help="Use this many documents.")]
+Tokens = Annotated[int, Option("--tokens", min=1, help="Compare answers of this many tokens.")]
+Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store or task; all if left out.")]
+Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+ANY_QUESTION = "What do the documents say?"
+
+
 @app.callback()
-def kvilt(
-    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
+def kvilt(version: Version = False) -> None:
     """Encode every document once, alone, and reuse its KV cache in any prompt."""
 
 
 @verb(app)
-def encode(
-    options: Run,
-    docs: Docs,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")] = False,
-    ttl: Annotated[float | None, Option("--ttl", min=0, help="Seconds until the caches expire.")] = None,
-) -> None:
+def encode(options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None) -> None:
     """Encode documents and store their caches. A rerun encodes only what is missing."""
     from kvilt.cli import show, work
 
@@ -58,17 +67,7 @@ def encode(
 
 
 @verb(app, cls=Several)
-def ask(
-    options: Run,
-    answering: Answering,
-    question: Annotated[str, Argument(metavar="QUESTION", help="What to answer from the documents.")],
-    docs: Annotated[
-        list[str] | None, Option("--docs", "-d", metavar="PATH...", help="Documents, as for encode; takes several.")
-    ] = None,
-    pick: Annotated[
-        list[str] | None, Option("--pick", metavar="ID...", help="Ids of those to use, in order; takes several.")
-    ] = None,
-) -> None:
+def ask(options: Run, answering: Answering, question: Question, docs: DocsOption = None, pick: Pick = None) -> None:
     """Answer a question over documents, reusing their caches."""
     from kvilt.cli import work
 
@@ -82,16 +81,12 @@ def ask(
 
 @verb(app)
 def verify(
-    options: Run,
-    docs: SomeDocs = None,
-    question: Annotated[str, Option("--question", help="What to ask.")] = "What do the documents say?",
-    limit: Annotated[int, Option("--limit", min=1, help="Use this many documents.")] = 4,
-    tokens: Annotated[int, Option("--tokens", min=1, help="Compare answers of this many tokens.")] = 16,
+    options: Run, docs: SomeDocs = None, question: Ask = ANY_QUESTION, limit: Limit = 4, tokens: Tokens = 16
 ) -> int:
     """Check that caches are exact on this model, and how close each strategy comes to full recompute."""
     from kvilt.cli import compare, show
 
-    documents = options.read(docs)[:limit] if docs else compare.SAMPLES
+    documents = compare.some(options.read(docs), limit) if docs else compare.SAMPLES
     engine = compare.in_memory(options.engine(without_store=True))
     results = compare.gates(engine, documents, question)
     rows = compare.strategies(engine, options.strategy, documents, question, tokens)
@@ -110,10 +105,7 @@ def doctor(options: Run, docs: SomeDocs = None) -> int:
 
 
 @verb(app, "list")
-def list_(
-    options: Output,
-    kind: Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store or task; all if left out.")] = None,
-) -> None:
+def list_(options: Output, kind: Kind = None) -> None:
     """List strategies, stores and tasks with their options."""
     from kvilt.cli import show, work
 

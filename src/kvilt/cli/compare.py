@@ -40,6 +40,13 @@ class Closeness:
     note: str = ""
 
 
+def some(documents: list[Document], limit: int) -> list[Document]:
+    """The first of the documents; that there are more is told."""
+    if len(documents) > limit:
+        talk.say(f"using the first {limit} of {len(documents):,} documents (--limit).")
+    return documents[:limit]
+
+
 def in_memory(engine: Engine) -> Engine:
     """The same engine with a store of its own: checks leave the user's untouched."""
     return Engine(engine.model, engine.text, engine.strategy, MemoryStore(), engine.namespace)

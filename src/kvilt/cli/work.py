@@ -58,15 +58,12 @@ def _named(documents: list[Document], wanted: str) -> Document:
 
 def answer(engine: Engine, question: str, documents: list[Document], wanted: Answering) -> Answer:
     """The answer; if it is wanted as a stream, its text is printed while it is generated."""
-    if not wanted.stream:
-        return engine.answer(question, documents, **wanted.settings())
-    for piece in engine.stream(question, documents, **wanted.settings()):
-        if isinstance(piece, Answer):
-            break
-        print(piece, end="", flush=True)
-    print()
-    assert isinstance(piece, Answer)  # the last item of every stream
-    return piece
+    settings = wanted.settings()
+    if wanted.stream:  # printed from this thread, which Ctrl-C reaches at once
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(engine.text.tokenizer, skip_special_tokens=True)
+    return engine.answer(question, documents, **settings)
 
 
 def deliver(answer: Answer, json: bool, wanted: Answering) -> None:
