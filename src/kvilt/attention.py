@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvilt.errors import ModelError
+
 NAME = "kvilt"
+UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
 
 def attend(
@@ -20,9 +23,12 @@ def attend(
     attention_mask: Tensor | None,  # (batch or 1, 1, computed, rows) bool
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention; without a mask the last computed token stands on the last row (bottom-right causal)."""
+    for name in UNSERVED:
+        if more.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} is refused: its attention takes {name}, which Kvilt's has not.")
     computed, rows = query.shape[2], key.shape[2]
     mask: Any = attention_mask
     causal = mask is None and computed == rows

@@ -18,9 +18,8 @@ from torch import Tensor
 from kvilt.engine import Engine
 from kvilt.model import Model
 from kvilt.plan import Layout, Plan, Segment
+from kvilt.proof import TOLERANCE
 from kvilt.types import Document, DocumentCache, Encoding, Prompt
-
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # on logits, relative to their largest
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from kvilt import attention, identity, support
+from kvilt import attention, identity, proof, support
 from kvilt.errors import ModelError
 from kvilt.placed import BufferPool, PlacedCache, Shape, StopAtLayer
 from kvilt.plan import Dense, Plan
@@ -29,6 +29,7 @@ class Model:
         support.check_config(hf.config)
         self.hf = hf.eval()
         self.rope = rope_of(hf)
+        own = proof.own_logits(hf)
         attention.install(hf)
         config = hf.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -37,8 +38,7 @@ class Model:
         self.pool = BufferPool(self.shape)
         self.digest = identity.weights_digest(hf)
         self.tokenizer_digest = tokenizer_digest
-        self._cpu_lock = threading.Lock()
-        self._check_moving()
+        proof.check(self, own)
 
     @property
     def context_length(self) -> int:
@@ -54,17 +54,22 @@ class Model:
     def info(self, **more: Any) -> ModelInfo:
         """What strategies may know of this model."""
         config, layer = self.hf.config, _decoder_layers(self.hf)[0]
-        weight = self.hf.get_input_embeddings().weight.detach().float()
+        vocabulary, width = self.hf.get_input_embeddings().weight.shape
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
         return ModelInfo(
             digest=self.digest,
-            hidden_size=weight.shape[1],
-            vocab_size=weight.shape[0],
+            hidden_size=width,
+            vocab_size=vocabulary,
             num_layers=config.num_hidden_layers,
             linear_cost=support.linear_cost(config, matrices),
-            embedding_stats=(float(weight.mean()), float(weight.std())),
+            embedding_stats=self._embedding_stats,
             **more,
         )
+
+    @functools.cached_property
+    def _embedding_stats(self) -> tuple[float, float]:
+        weight = self.hf.get_input_embeddings().weight.detach().float()
+        return float(weight.mean()), float(weight.std())
 
     def key(self, tokens: Tensor, encoding: Encoding, compression: str = "") -> CacheKey:
         """The content address of a document encoded by this model."""
@@ -87,6 +92,8 @@ class Model:
         tokens = tokens.to(self.shape.device)
         out: Tensor = table(tokens.clamp(min=0))
         if learned is None:
+            if tokens.numel() and not tokens.is_cuda and int(tokens.min()) < 0:
+                raise ValueError("ids below zero name learned vectors, but none were given")
             return out
         soft = learned.to(device=out.device, dtype=out.dtype)[(-1 - tokens).clamp(min=0)]
         return torch.where((tokens < 0)[..., None], soft, out)
@@ -100,7 +107,7 @@ class Model:
         runs = [encoding.run(ids) for ids in documents]
         first = len(encoding.before) if not encoding.keep else 0
         batch = nn.utils.rnn.pad_sequence(runs, batch_first=True)  # (documents, longest)
-        store = _Capture(self.shape.layers)
+        store = _Capture()
         positions = torch.arange(batch.shape[1], device=self.shape.device) - first
         self._base(
             inputs_embeds=self.embed(batch, encoding.learned), position_ids=positions[None], past_key_values=store
@@ -133,7 +140,7 @@ class Model:
         try:
             logits = self.forward(plan, placed, logits_to_keep=1)[0, -1].float()
         except BaseException:
-            self.pool.give(placed.buffer)
+            self._drop(placed)
             raise
         placed.finish()
         return logits, placed
@@ -145,18 +152,22 @@ class Model:
         try:
             return self.forward(plan, placed, logits_to_keep=last)[0].float()
         finally:
-            self.pool.give(placed.buffer)
+            self._drop(placed)
 
     @torch.no_grad()
     def probe(self, plan: Plan, layers: int) -> list[DocumentCache]:
         """What the lowest layers hold for each segment when the plan is run; the pass stops there."""
-        buffer = self.pool.take(len(plan.positions))
-        placed = PlacedCache(plan, buffer, self.rope, stop=layers)
-        with suppress(StopAtLayer):
-            self.forward(plan, placed, logits_to_keep=1)
-        seen = [placed.seen(s, base, layers, self.rope) for s, base in zip(plan.segments, plan.bases, strict=True)]
-        self.pool.give(buffer)
-        return seen
+        layers = min(layers, self.shape.layers)
+        placed = PlacedCache(plan, self.pool.take(len(plan.positions)), self.rope, stop=layers)
+        try:
+            with suppress(StopAtLayer):
+                self.forward(plan, placed, logits_to_keep=1)
+            return [
+                placed.seen(s, base, layers, self.key(s.tokens, Encoding(), f"probe of {layers} layers"))
+                for s, base in zip(plan.segments, plan.bases, strict=True)
+            ]
+        finally:
+            self.pool.give(placed.buffer)
 
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
@@ -185,6 +196,11 @@ class Model:
             placed.load_ahead()
         return placed
 
+    def _drop(self, placed: PlacedCache) -> None:
+        """Hand the buffer back, but never while a thread still loads into it."""
+        placed.finish()
+        self.pool.give(placed.buffer)
+
     def forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
         """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab)."""
         rows = plan.computed_rows
@@ -205,42 +221,20 @@ class Model:
         base: Callable[..., Any] = self.hf.base_model
         return base
 
-    def _check_moving(self) -> None:
-        """Keys of the first layer computed at position 9 must equal those computed at 0 and moved there."""
-        ids = torch.arange(3)
-        here, there = (self._first_keys(ids, start) for start in (0, 9))
-        moved = self.rope.move(here, 9).float()
-        tolerance = {torch.float32: 1e-4}.get(self.shape.dtype, 3e-2) * float(there.float().abs().max())
-        if float((moved - there.float()).abs().max()) > tolerance:
-            raise ModelError(
-                f"{self.hf.config.model_type} is refused: its keys do not follow standard rotary embedding."
-            )
-
-    @torch.no_grad()
-    def _first_keys(self, ids: Tensor, start: int) -> Tensor:
-        store = _Capture(self.shape.layers, stop=1)
-        positions = start + torch.arange(len(ids), device=self.shape.device)
-        with suppress(StopAtLayer):
-            self._base(inputs_embeds=self.embed(ids)[None], position_ids=positions[None], past_key_values=store)
-        return store.keys[0][0]
-
 
 class _Capture(Cache):
     """Collects the keys and values of one pass without copying them."""
 
-    def __init__(self, layers: int, stop: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(layers=[])
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.stop = stop
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         self.keys.append(key_states)
         self.values.append(value_states)
-        if len(self.keys) == self.stop:
-            raise StopAtLayer
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

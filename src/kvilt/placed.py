@@ -13,7 +13,7 @@ from transformers import Cache
 
 from kvilt.plan import Plan, Segment
 from kvilt.rope import Rope
-from kvilt.types import DocumentCache, TensorLayers, Which
+from kvilt.types import CacheKey, DocumentCache, TensorLayers, Which
 
 ROOM_STEP = 256  # capacities are rounded up, so that prompts of like length share a buffer
 
@@ -120,7 +120,9 @@ class PlacedCache(Cache):
         return keys[None, :, :end], values[None, :, :end]
 
     def finish(self) -> None:
-        """End of the plan's pass: from here on rows are appended."""
+        """End of the plan's pass: nothing loads any more, and from here on rows are appended."""
+        if self._loader is not None:
+            self._loader.stop()
         self._plan, self._loader = None, None
 
     def advance(self, tokens: int) -> None:
@@ -145,15 +147,12 @@ class PlacedCache(Cache):
         """Rows the buffer has room for."""
         return self.capacity
 
-    def seen(self, segment: Segment, base: int, layers: int, rope: Rope) -> DocumentCache:
+    def seen(self, segment: Segment, base: int, layers: int, key: CacheKey) -> DocumentCache:
         """What the lowest layers now hold for a segment, keys moved back to position 0."""
         rows = slice(base, base + len(segment.places))
-        keys = tuple(rope.move(self.buffer[i, 0, :, rows], -segment.start) for i in range(layers))
+        keys = tuple(self.rope.move(self.buffer[i, 0, :, rows], -segment.start) for i in range(layers))
         values = tuple(self.buffer[i, 1, :, rows].clone() for i in range(layers))
-        assert segment.cache is not None
-        return DocumentCache(
-            segment.tokens, segment.places, segment.length, segment.cache.key, TensorLayers(keys, values)
-        )
+        return DocumentCache(segment.tokens, segment.places, segment.length, key, TensorLayers(keys, values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +187,11 @@ class Piece:
             rope.move(layers.fetch(layer, "keys"), self.start, keys[:, self.rows])
             return
         values[:, self.rows] = self._rows_of(layer, "values", values, staging).to(values.dtype)
-        keys[:, self.rows] = rope.move(self._rows_of(layer, "keys", keys, staging), self.start).to(keys.dtype)
+        stored = self._rows_of(layer, "keys", keys, staging)
+        moved = keys[:, self.rows] if isinstance(self.rows, slice) else keys.new_empty(stored.shape)
+        rope.move(stored, self.start, moved)  # into the buffer's own dtype: rounded once
+        if not isinstance(self.rows, slice):
+            keys[:, self.rows] = moved
 
     def _rows_of(self, layer: int, which: Which, target: Tensor, staging: Staging | None) -> Tensor:
         """The general way: another dtype, another device or scattered rows."""
@@ -238,7 +241,9 @@ class Loader:
         self.stream = torch.cuda.Stream(placed.buffer.device) if self.cuda else None
         if self.stream is not None:  # the buffer may still be in use by the work queued before
             self.stream.wait_stream(torch.cuda.current_stream(placed.buffer.device))
-        threading.Thread(target=self._run, name="kvilt-loader", daemon=True).start()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="kvilt-loader", daemon=True)
+        self._thread.start()
 
     def wait(self, layer: int) -> None:
         """Return once a layer is placed, as far as work queued after this call can tell; re-raises what went wrong."""
@@ -247,6 +252,13 @@ class Loader:
             raise self.error
         if self.marks[layer] is not None:
             torch.cuda.current_stream(self.placed.buffer.device).wait_event(self.marks[layer])
+
+    def stop(self) -> None:
+        """Return when the thread has written its last byte: the buffer may then serve another prompt."""
+        self._stopped = True
+        self._thread.join()
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def _run(self) -> None:
         try:
@@ -262,6 +274,8 @@ class Loader:
         sizes = [p.cache.nbytes // (2 * self.layers) for p in self.placed.pieces]
         staging = Staging(max(sizes)) if self.cuda and sizes else None
         for layer in range(self.layers):
+            if self._stopped:
+                return
             self.placed.place(layer, staging)
             if self.stream is not None:
                 self.marks[layer] = self.stream.record_event()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvilt.errors import ModelError
+from kvilt.types import digest_of
 
 SAFE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the length of the prompt
 
@@ -27,6 +28,7 @@ class Rope:
 
     inv_freq: Tensor  # (rotary_dim / 2,) float64, CPU
     interleaved: bool = False  # GLM, Cohere: neighbouring channels are pairs; else channel i pairs with i + half
+    scaling: float = 1.0  # of cos and sin (YaRN): keys carry it, so keys made under another one are other keys
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a rope lives as long as its model)
     def angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,25 +69,35 @@ class Rope:
     @property
     def identity(self) -> str:
         """What the keys depend on, for the cache key."""
-        from kvilt.types import digest_of
-
-        return digest_of(self.inv_freq, str(self.interleaved))
+        scaled = (str(self.scaling),) if self.scaling != 1.0 else ()
+        return digest_of(self.inv_freq, str(self.interleaved), *scaled)
 
 
 def rope_of(hf: nn.Module) -> Rope:
     """The rotary embedding of a transformers model; raises ModelError where its keys cannot be moved exactly."""
     frequencies = [f for m in hf.modules() if isinstance(f := getattr(m, "inv_freq", None), Tensor)]
     config: Any = hf.config
-    if not frequencies:
-        raise ModelError(
-            f"{config.model_type} has no rotary position embedding: its keys cannot be moved to another place. "
-            "Kvilt serves decoders with standard RoPE."
-        )
     check_rope_type(config)
+    if not frequencies:
+        raise ModelError(_no_rotary(hf))
     first = frequencies[0]
     if any(f.shape != first.shape or not torch.equal(f, first) for f in frequencies[1:]):
         raise ModelError(f"{config.model_type}: layers rotate with different frequencies, which Kvilt cannot move yet.")
-    return Rope(first.detach().double().cpu(), _is_interleaved(hf, len(first)))
+    scalings = {float(s) for m in hf.modules() if isinstance(s := getattr(m, "attention_scaling", None), float | int)}
+    return Rope(first.detach().double().cpu(), _is_interleaved(hf, len(first)), max(scalings, default=1.0))
+
+
+def _no_rotary(hf: nn.Module) -> str:
+    config: Any = hf.config
+    if any(hasattr(m, "full_attention_inv_freq") or hasattr(m, "sliding_attention_inv_freq") for m in hf.modules()):
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+        return (
+            f"{config.model_type} is refused: config field rope_parameters: a rotation for each kind of layer {kinds}."
+        )
+    return (
+        f"config field model_type = {config.model_type!r} is refused: no rotary position embedding was found in it, "
+        "so its keys cannot be moved to another place. Kvilt serves decoders with standard RoPE."
+    )
 
 
 def check_rope_type(config: Any) -> None:

@@ -22,10 +22,36 @@ REFUSED_FIELDS = {  # config field -> why its presence makes reuse inexact
     "block_types": "hybrid models keep a running state in some layers",
     "linear_num_value_heads": "linear-attention layers keep a running state instead of keys and values",
 }
+POSITIONS = {  # model type -> how it knows positions, where no config field says so
+    "bloom": "ALiBi adds a bias per distance instead of rotating keys",
+    "mpt": "ALiBi adds a bias per distance instead of rotating keys",
+    **dict.fromkeys(
+        ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt", "xglm", "ctrl"), "absolute positions"
+    ),
+}
 
 
 def check_config(config: Any) -> None:
     """Raise ModelError, naming the config field, for a model whose document caches cannot be reused exactly."""
+    if config.model_type in POSITIONS:
+        raise ModelError(
+            f"config field model_type = {config.model_type!r} is refused: {POSITIONS[config.model_type]}; "
+            "Kvilt serves decoders with rotary position embedding."
+        )
+    inner = getattr(config, "text_config", None)
+    if inner is not None:
+        check_config(inner)
+        if not hasattr(config, "num_hidden_layers"):
+            raise ModelError(
+                f"{config.model_type} is refused: config field text_config: a model of several modalities; "
+                "load its language model alone."
+            )
+    _check_fields(config)
+    _check_windows(config)
+    check_rope_type(config)
+
+
+def _check_fields(config: Any) -> None:
     for field, why in REFUSED_FIELDS.items():
         value = getattr(config, field, None)
         if field == "no_rope_layers" and value is not None and all(value):
@@ -34,8 +60,6 @@ def check_config(config: Any) -> None:
             raise ModelError(f"{config.model_type} is refused: config field {field} = {_short(value)}: {why}.")
     if getattr(config, "position_embedding_type", "") == "alibi":
         raise ModelError(f"{config.model_type} is refused: config field position_embedding_type = 'alibi'.")
-    _check_windows(config)
-    check_rope_type(config)
 
 
 def _check_windows(config: Any) -> None:
