@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch
 
 import zoo
-from kvilt.identity import tokenizer_digest
 from kvilt.model import Model
-
-
-@functools.cache
-def model_of(family: str) -> Model:
-    return Model(zoo.hf_model(family), tokenizer_digest(zoo.tokenizer()))
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +23,13 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(params=list(zoo.FAMILIES), scope="session")
 def model(request: pytest.FixtureRequest) -> Model:
     """A tiny random model of each served family, float32."""
-    return model_of(request.param)
+    return zoo.model_of(request.param)
 
 
 @pytest.fixture(scope="session")
 def llama() -> Model:
     """A tiny random Llama, float32."""
-    return model_of("llama")
+    return zoo.model_of("llama")
 
 
 @pytest.fixture(scope="session")

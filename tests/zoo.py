@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from kvilt.identity import tokenizer_digest
+from kvilt.model import Model
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(64))]
 VOCABULARY = len(SPECIAL) + 256
@@ -80,6 +84,12 @@ def hf_model(family: str, seed: int = 1) -> PreTrainedModel:
         elif "bias" in name:
             p.data.normal_(0, 0.3)
     return model
+
+
+@functools.cache
+def model_of(family: str) -> Model:
+    """A tiny model of a family, made once."""
+    return Model(hf_model(family), tokenizer_digest(tokenizer()))
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import zoo
-from conftest import model_of
 from kvilt import gates, registry
 from kvilt.engine import Engine
 from kvilt.stores.memory import MemoryStore
@@ -54,7 +53,7 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_of(family: str, spec: str, wrapper: Path) -> Engine:
     strategy = registry.build("strategy", spec.replace("WRAPPER", str(wrapper)))
     assert isinstance(strategy, Strategy)
-    return Engine(model_of(family), TextFormat.of(zoo.tokenizer()), strategy, MemoryStore(budget="1GB"))
+    return Engine(zoo.model_of(family), TextFormat.of(zoo.tokenizer()), strategy, MemoryStore(budget="1GB"))
 
 
 @pytest.mark.parametrize("spec", MATRIX)
