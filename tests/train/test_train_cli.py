@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import train_kit as kit
@@ -83,3 +85,12 @@ def cli_config():
 def test_verbs_are_short():
     for command in cli.app.registered_commands:
         assert len(inspect.getsource(command.callback).splitlines()) <= 15
+
+
+@pytest.mark.parametrize("name", ["PacketConfig", "KVLinkConfig"])
+def test_every_setting_is_documented(name):
+    from kvilt.train import kvlink, packet
+
+    told = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    config = getattr(packet if name == "PacketConfig" else kvlink, name)
+    assert [f.name for f in fields(config) if f"`{f.name}`" not in told] == []

@@ -28,9 +28,7 @@ from kvilt.types import Document
 
 
 def train(model, out, samples=None, tests=None, on_progress=lambda _: None, **settings) -> Path:
-    return train_kvlink(
-        str(model), samples or kit.samples(), replace(kit.LINKED, **settings), out, tests, on_progress
-    )
+    return train_kvlink(str(model), samples or kit.samples(), replace(kit.LINKED, **settings), out, tests, on_progress)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
