@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvilt.builtin import babi
+from kvilt.builtin.contexts import Shape
 from kvilt.builtin.samples import Sample
 
 SEED = 1
 LENGTH = 512
 # Copying warm-up: symbols and tokens per row, for equal shares of its steps.
-LEVELS = [(300, 64), (300, 128), (100, 256), (30, 256), (10, 256)]
+LEVELS = [(300, 64), (300, 128), (60, 256), (20, 256), (10, 256), (6, 256)]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Plan:
     """How long every part of the training takes, in steps."""
 
     rows: int = 8
-    warmup: int = 150
-    grow: int = 1000  # steps in which contexts grow from three pages to nine
-    harder: int = 1250
+    warmup: int = 240
+    few: int = 700  # steps with few people in whole biographies, until names are bound to values
+    grow: int = 1000  # steps in which contexts grow to nine pages, cut biographies and similar names
     total: int = 4500
     decay: float = 0.4  # share of the steps in which the learning rate falls to zero
     layers: int = 5
@@ -51,11 +52,10 @@ class Plan:
 
     def mix(self, step: int) -> Mix:
         """What the rows of a step contain."""
-        grown = min(1.0, max(0.0, (step - self.warmup) / self.grow))
-        if step < self.harder:
-            return Mix(3 + round(6 * grown), 0.6 * grown, 0.15, 0.2)
-        # Once names are bound to values, all people of a context share their kinds of facts: guesses seldom hit.
-        return Mix(3 + round(6 * grown), 0.6 * grown, 0.2, 0.25, pool=3)
+        if step < self.warmup + self.few:
+            return Mix(3, 5, Shape(chunked=0.0, similar=0.0), 0.1, 0.1)
+        grown = min(1.0, (step - self.warmup - self.few) / self.grow)
+        return Mix(3, 5 + round(4 * grown), Shape(0.6 * grown, 3, 0.35 * grown), 0.2, 0.25)
 
 
 def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
@@ -163,7 +163,7 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def step(self, step: int, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """One update; returns loss and the share of right tokens among the labels of values (or all)."""
+        """One update; returns loss and how often the first token of a value is right (of any token, in the warm-up)."""
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * self.plan.rate(step)
             optimizer.zero_grad()
@@ -178,7 +178,8 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        values = batch["value"][batch["label"] != -100] == 1
+        first = (batch["value"] == 1) & (batch["value"].roll(1, 1) == 0)
+        values = first[batch["label"] != -100]
         values = values if values.any() else torch.ones_like(values)
         return loss.item(), (scores.argmax(-1) == labels)[values].float().mean().item()
 
@@ -212,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile the model first (needs a C++ compiler)")
     parser.add_argument("--every", type=int, default=500, help="steps between evaluations")
-    for name in ("rows", "warmup", "grow", "total", "layers", "width", "heads", "inner"):
+    for name in ("rows", "warmup", "few", "grow", "total", "layers", "width", "heads", "inner"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
     return parser.parse_args()
 
@@ -225,13 +226,14 @@ def main() -> None:
     learnt = babi.load(args.babi, "train") if args.babi else []
     asked = babi.load(args.babi, "test") if args.babi else []
     encoder = Encoder(obtain(args.out, SEED, learnt[:2000]))
-    names = ("rows", "warmup", "grow", "total", "layers", "width", "heads", "inner")
+    names = ("rows", "warmup", "few", "grow", "total", "layers", "width", "heads", "inner")
     plan = Plan(**{name: getattr(args, name) for name in names})
     trainer = Trainer(args.out, plan, encoder, args.compile)
     print(f"{trainer.model.num_parameters():,} parameters, {len(encoder.tokenizer)} tokens", flush=True)
     few = samples(SEED + 1, 60) + random.Random(SEED).sample(asked, min(len(asked), 60))
     trainer.run(Source(encoder, plan, learnt), few, args.every)
     print(trainer.evaluate(samples(SEED + 2, 400) + asked[::8]), flush=True)
+    trainer.model.generation_config.update(do_sample=False, max_new_tokens=48)
     trainer.model.save_pretrained(args.out / "model")
     encoder.tokenizer.save_pretrained(args.out / "model")
 

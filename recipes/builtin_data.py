@@ -109,11 +109,11 @@ class Encoder:
 class Mix:
     """What the rows of a stage are made of."""
 
-    largest: int  # pages of a context
-    chunked: float
+    smallest: int  # pages of a context
+    largest: int
+    shape: contexts.Shape
     story: float  # share of story samples
     babi: float  # share of bAbI samples
-    pool: int = 7  # kinds of facts about the people of one context
 
 
 def draw(rng: random.Random, mix: Mix, babi: list[Sample]) -> Sample:
@@ -123,7 +123,7 @@ def draw(rng: random.Random, mix: Mix, babi: list[Sample]) -> Sample:
         return rng.choice(babi)
     if chance < mix.babi + mix.story:
         return stories.build(rng, "train", rng.randint(2, mix.largest))
-    return contexts.build(rng, "train", rng.randint(2, mix.largest), mix.chunked, mix.pool)
+    return contexts.build(rng, "train", rng.randint(mix.smallest, mix.largest), mix.shape)
 
 
 def rows(encoder: Encoder, rng: random.Random, mix: Mix, babi: list[Sample], count: int, length: int) -> list[Row]:

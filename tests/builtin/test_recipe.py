@@ -19,7 +19,7 @@ from builtin_optim import orthogonal
 import builtin as recipe
 from kvilt.builtin import contexts
 
-TINY = recipe.Plan(rows=2, warmup=4, grow=4, total=8, layers=2, width=64, heads=4, inner=64)
+TINY = recipe.Plan(rows=2, warmup=4, few=1, grow=4, total=8, layers=2, width=64, heads=4, inner=64)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ class Builder:
     people: list[Entity] = field(default_factory=list)
     companies: list[Entity] = field(default_factory=list)
     colleges: list[Entity] = field(default_factory=list)
+    similar: float = 0.35  # share of people named like another one
     relations: list[str] = field(default_factory=lambda: list(PERSON_RELATIONS))
     told: set[str] = field(default_factory=set)  # names of companies and colleges that have a page
 
@@ -63,7 +64,7 @@ class Builder:
 
     def person(self) -> Entity:
         """A new person with three or four facts, sometimes named like another one."""
-        similar = self.people and self.rng.random() < 0.35
+        similar = self.people and self.rng.random() < self.similar
         person = self.world.person(self.rng.choice(self.people).name if similar else None)
         for relation in self.rng.sample(self.relations, min(self.rng.choice([3, 3, 4]), len(self.relations))):
             person.facts[relation] = self.value(relation)
@@ -92,7 +93,8 @@ class Builder:
         """Append a page that states some facts of one entity, by name or only by pronoun."""
         sentences = []
         for number, relation in enumerate(relations):
-            subject = entity.name if named and number == 0 else entity.pronoun
+            again = number == 0 or self.rng.random() < 0.3
+            subject = entity.name if named and again else entity.pronoun
             sentences.append(self.say(relation, subject, entity.facts[relation]))
             block.facts.append(Fact(relation, entity, entity.facts[relation], len(block.pages), named))
         block.pages.append(Page(self.title(entity) if named else "", " ".join(sentences)))
@@ -188,18 +190,26 @@ class Builder:
         return block
 
 
-def build(rng: random.Random, split: str, size: int, chunked: float = 0.5, pool: int = 3) -> Sample:
+@dataclass(frozen=True)
+class Shape:
+    """How hard a context is to read."""
+
+    chunked: float = 0.5  # share of biographies cut into pages that only say "she"
+    pool: int = 3  # kinds of facts about people: the fewer, the more people share each and the less a guess is worth
+    similar: float = 0.35
+
+
+def build(rng: random.Random, split: str, size: int, shape: Shape = Shape()) -> Sample:
     """A context of about `size` pages with all its questions, shuffled."""
-    return arrange(write(rng, split, size, chunked, pool))
+    return arrange(write(rng, split, size, shape))
 
 
-def write(rng: random.Random, split: str, size: int, chunked: float = 0.5, pool: int = 3) -> Builder:
-    """Blocks of about `size` pages in all; the fewer kinds of facts in the pool, the more people share each."""
-    builder = Builder(World(rng, split))
-    if pool < len(PERSON_RELATIONS):
-        builder.relations = rng.sample(PERSON_RELATIONS, pool)
-    while builder.size() + len(builder.companies) + len(builder.colleges) < size:
-        builder.add_person(rng.random() < chunked)
+def write(rng: random.Random, split: str, size: int, shape: Shape = Shape()) -> Builder:
+    """Blocks of about `size` pages in all, about two people at least."""
+    builder = Builder(World(rng, split), similar=shape.similar)
+    builder.relations = rng.sample(PERSON_RELATIONS, shape.pool)
+    while len(builder.people) < 2 or builder.size() + len(builder.companies) + len(builder.colleges) < size:
+        builder.add_person(rng.random() < shape.chunked)
     builder.add_organisations()
     return builder
 
