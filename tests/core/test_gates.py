@@ -27,6 +27,8 @@ MATRIX = [
     "kvlink:links=1",
     "kvlink:links=5",
     "kv_packet:wrapper=WRAPPER",
+    "linked_packet:wrapper=WRAPPER,layout=slots",
+    "linked_packet:wrapper=WRAPPER,layout=tail",
     "prompt_cache:slot=64",
     "prompt_cache:consecutive=true",
     "epic:tokens=0",
@@ -46,7 +48,7 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random learned vectors for the tiny models (64 channels)."""
     path = tmp_path_factory.mktemp("wrapper") / "wrapper.safetensors"
     torch.manual_seed(5)
-    Wrapper(torch.randn(8, 64) * 0.4, torch.randn(8, 64) * 0.4).save(path)
+    Wrapper(*(torch.randn(8, 64) * 0.4 for _ in range(2)), links=torch.randn(4, 64) * 0.4).save(path)
     return path
 
 
