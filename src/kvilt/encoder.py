@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -114,10 +114,12 @@ class Encoder:
         tokens = sum(len(i.ids) for i in missing)
         return self._report(unique, len(missing), tokens, tokens / rate if tried else 0.0)
 
-    def fetch(self, items: Sequence[Item]) -> tuple[list[DocumentCache], int]:
-        """The caches of documents, encoding and storing what is missing; and how many were found."""
+    def fetch(self, items: Sequence[Item], refused: Container[str] = ()) -> tuple[list[DocumentCache], int]:
+        """The caches of documents, encoding and storing what is missing; and how many were found.
+
+        What is stored under the digests `refused` is damaged: it is encoded again."""
         unique = {i.key.digest: i for i in items}
-        stored = {digest: self.store.get(item.key) for digest, item in unique.items()}
+        stored = {digest: self.get(item.key, refused) for digest, item in unique.items()}
         found = {digest: cache for digest, cache in stored.items() if cache is not None}
         hits = sum(i.key.digest in found for i in items)
         for batch in batches([item for digest, item in unique.items() if digest not in found]):
@@ -128,6 +130,16 @@ class Encoder:
 
     def _run(self, batch: Sequence[Item]) -> list[DocumentCache]:
         return self.model.encode([i.ids for i in batch], self.encoding)
+
+    def get(self, key: CacheKey, refused: Container[str] = ()) -> DocumentCache | None:
+        """The stored cache; None if there is none, it is known to be damaged, or the store cannot be read."""
+        if key.digest in refused:
+            return None
+        try:
+            return self.store.get(key)
+        except StoreUnavailable as error:
+            logger.warning("not read: %s", error)
+            return None
 
     def put(self, cache: DocumentCache, title: str) -> None:
         """Store a cache; an answer is still given when the store cannot take it."""

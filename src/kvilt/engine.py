@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kvilt import registry
-from kvilt.decode import generate
-from kvilt.encoder import Encoder, EncodeReport
-from kvilt.errors import DamagedCache, PromptError
+from kvilt.decode import Settings, generate
+from kvilt.encoder import Encoder, EncodeReport, Item
+from kvilt.errors import DamagedCache, PromptError, StoreUnavailable
 from kvilt.loading import load_model
 from kvilt.model import Model
 from kvilt.placed import PlacedCache
 from kvilt.plan import Plan, Segment
 from kvilt.stores.base import CacheStore
 from kvilt.strategies.base import Strategy
+from kvilt.streaming import stream
 from kvilt.text import TextFormat
 from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
 
-MAX_DAMAGED = 1000  # a prompt whose store is damaged again and again is given up after so many repairs
+logger = logging.getLogger("kvilt")
 
 
 @dataclass
@@ -93,13 +93,13 @@ class Engine:
 
         `dtype` "auto" is the checkpoint's own on CUDA and float32 on a CPU, where it is fastest."""
         loaded, tokenizer = load_model(model, dtype, device)
-        built = strategy if isinstance(strategy, Strategy) else _strategy(strategy)
-        keep = store if isinstance(store, CacheStore) else _store(store)
+        built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
+        keep = cast(CacheStore, registry.build("store", store)) if isinstance(store, str) else store
         return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace)
 
     def with_strategy(self, strategy: str | Strategy) -> Engine:
         """The same model and store with another strategy."""
-        built = strategy if isinstance(strategy, Strategy) else _strategy(strategy)
+        built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         return Engine(self.model, self.text, built, self.store, self.namespace)
 
     def encode(self, documents: Sequence[Document], **options: Any) -> EncodeReport:
@@ -113,76 +113,70 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         allow_empty: bool = False,
+        streamer: Any = None,
         **sampling: Any,
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
-        `max_new_tokens` is cut to what the model's context holds."""
-        clock, damaged = Clock(), 0
+        `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
+        Raises PromptError before anything is computed where question or options cannot be served."""
+        clock, refused = Clock(), set[str]()
+        settings = Settings.of(self.model.hf, sampling)
         while True:
             try:
-                ready = self._ready(question, documents, clock, allow_empty)
+                ready = self._ready(question, documents, clock, allow_empty, refused)
                 room = self._room(ready.plan, max_new_tokens)
                 logits, placed = self.model.run(ready.plan, room)
                 break
             except DamagedCache as error:
-                damaged = self._repair(error, damaged)
+                self._repair(error, refused)
         clock.lap("run")
         try:
-            tokens = generate(self.model, logits, placed, _ids(ready.plan), room, clock.mark_first, **sampling)
+            ids, tokenizer = _ids(ready.plan), self.text.tokenizer
+            tokens = generate(self.model, logits, placed, ids, room, settings, clock.mark_first, streamer, tokenizer)
             clock.lap("decode")
-            usage = self._usage(ready, placed, clock, len(tokens), damaged)
+            usage = self._usage(ready, placed, clock, len(tokens), len(refused))
         finally:
             self.model.pool.give(placed.buffer)
         return Answer(self.text.decode(tokens), tokens, usage, repr(self.strategy), logits.cpu())
 
     def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
-        """Pieces of the answer's text as they are generated; the last item is the Answer itself."""
-        from transformers import TextIteratorStreamer
+        """Pieces of the answer's text as they are generated; the last item is the Answer itself.
 
-        pieces = TextIteratorStreamer(self.text.tokenizer, skip_special_tokens=True)
-        result: queue.Queue[Answer | BaseException] = queue.Queue()
-
-        def work() -> None:
-            try:
-                result.put(self.answer(question, documents, streamer=pieces, **options))
-            except BaseException as error:  # raised again in the consumer's thread
-                result.put(error)
-                pieces.end()
-
-        threading.Thread(target=work, name="kvilt-stream", daemon=True).start()
-        yield from (piece for piece in pieces if piece)
-        final = result.get()
-        if isinstance(final, BaseException):
-            raise final
-        yield final
+        The pieces join to its text. Close the iterator to stop early."""
+        return stream(lambda pieces: self.answer(question, documents, streamer=pieces, **options), self.text.tokenizer)
 
     def score(
         self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False
     ) -> Tensor:
         """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
-        damaged = 0
+        refused = set[str]()
+        if not len(continuation):
+            raise PromptError("nothing to score: the continuation is empty.")
         while True:
             try:
-                plan = self._ready(question, documents, Clock(), allow_empty).plan
+                plan = self._ready(question, documents, Clock(), allow_empty, refused).plan
+                self._room(plan, len(continuation), least=len(continuation))
                 forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
                 if forced.length:
                     plan = replace(plan, segments=(*plan.segments, forced))
                 return self.model.score(plan, len(continuation))
             except DamagedCache as error:
-                damaged = self._repair(error, damaged)
+                self._repair(error, refused)
 
     def plan(self, question: str, documents: Sequence[Document]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
-        return self._ready(question, documents, Clock(), False).plan
+        return self._ready(question, documents, Clock(), False, set()).plan
 
-    def _ready(self, question: str, documents: Sequence[Document], clock: Clock, allow_empty: bool) -> Ready:
+    def _ready(
+        self, question: str, documents: Sequence[Document], clock: Clock, allow_empty: bool, refused: set[str]
+    ) -> Ready:
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
         asked = self.text.question_ids(question)
         items = self.encoder.items(documents)
         clock.lap("tokenize")
-        system, caches, hits = self._caches(items)
+        system, caches, hits = self._caches(items, refused)
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
         prompt = Prompt(system, tuple(caches), asked, names)
@@ -191,23 +185,23 @@ class Engine:
         stored = sum(c.layers is not None for c in caches)
         return Ready(prompt, plan, hits, stored - hits)
 
-    def _caches(self, items: Sequence[Any]) -> tuple[DocumentCache, list[DocumentCache], int]:
+    def _caches(self, items: Sequence[Item], refused: set[str]) -> tuple[DocumentCache, list[DocumentCache], int]:
         """System and document caches; only tokens where the strategy reuses nothing or a document says so."""
         system_ids = torch.tensor(self.info.system, dtype=torch.long)
         if self.strategy.encoding is None:
             return self._bare(system_ids), [self._bare(i.ids) for i in items], 0
-        system = self._system(system_ids)
+        system = self._system(system_ids, refused)
         kept = [i for i in items if i.document.store]
-        found, hits = self.encoder.fetch(kept)
+        found, hits = self.encoder.fetch(kept, refused)
         rest = iter(found)
         return system, [next(rest) if i.document.store else self._bare(i.ids) for i in items], hits
 
-    def _system(self, ids: Tensor) -> DocumentCache:
+    def _system(self, ids: Tensor, refused: set[str]) -> DocumentCache:
         """The system part: an exact prefix, cached like a document."""
         if len(ids) == 0:
             return self._bare(ids)
         key = self.model.key(ids, Encoding())
-        found = self.store.get(key)
+        found = self._plain.get(key, refused)
         if found is None:
             found = self.model.encode([ids], Encoding())[0]
             self._plain.put(found, "system")
@@ -216,9 +210,9 @@ class Engine:
     def _bare(self, ids: Tensor) -> DocumentCache:
         return DocumentCache(ids, torch.arange(len(ids)), len(ids), self.model.key(ids, Encoding()))
 
-    def _room(self, plan: Plan, wanted: int) -> int:
+    def _room(self, plan: Plan, wanted: int, least: int = 1) -> int:
         free = self.model.context_length - plan.end
-        if free < 1:
+        if free < least:
             raise PromptError(
                 f"the prompt takes {plan.end} positions, the model's context holds {self.model.context_length}. "
                 "Give fewer or shorter documents."
@@ -227,11 +221,15 @@ class Engine:
             raise PromptError(f"max_new_tokens must be at least 1, not {wanted}.")
         return min(wanted, free)
 
-    def _repair(self, error: DamagedCache, damaged: int) -> int:
-        self.store.set_aside(error.key, error.reason)
-        if damaged >= MAX_DAMAGED:
+    def _repair(self, error: DamagedCache, refused: set[str]) -> None:
+        """Take a damaged document out of service, in this answer even if the store cannot."""
+        if error.key in refused:
             raise error
-        return damaged + 1
+        refused.add(error.key)
+        try:
+            self.store.set_aside(error.key, error.reason)
+        except StoreUnavailable as unavailable:
+            logger.warning("not set aside: %s", unavailable)
 
     def _usage(self, ready: Ready, placed: PlacedCache, clock: Clock, generated: int, damaged: int) -> Usage:
         plan = ready.plan
@@ -251,15 +249,3 @@ class Engine:
 
 def _ids(plan: Plan) -> Tensor:
     return torch.cat([s.tokens for s in plan.segments])
-
-
-def _strategy(spec: str) -> Strategy:
-    built = registry.build("strategy", spec)
-    assert isinstance(built, Strategy)
-    return built
-
-
-def _store(spec: str) -> CacheStore:
-    built = registry.build("store", spec)
-    assert isinstance(built, CacheStore)
-    return built

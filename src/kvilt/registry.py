@@ -44,6 +44,9 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
+BASES = {"strategy": "kvilt.strategies.base:Strategy", "store": "kvilt.stores.base:CacheStore"}
+
+
 def names(kind: str) -> dict[str, str]:
     """Every name of a kind with its "module:Class", third-party entry points (group "kvilt.<kind>") included."""
     found = {e.name: e.value for e in entry_points(group=f"kvilt.{kind}")}
@@ -57,8 +60,18 @@ def load(kind: str, name: str) -> type:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SpecError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(table))}.")
-    module, _, attribute = table[name].partition(":")
-    return typing.cast(type, getattr(importlib.import_module(module), attribute))
+    cls = _imported(table[name])
+    if kind in BASES and not issubclass(cls, _imported(BASES[kind])):
+        raise SpecError(f"{kind} {name!r} ({table[name]}) is not a {BASES[kind].partition(':')[2]}.")
+    return cls
+
+
+def _imported(path: str) -> type:
+    module, _, attribute = path.partition(":")
+    try:
+        return typing.cast(type, getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{path} cannot be imported: {error}.") from error
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -69,6 +82,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
         key, eq, value = pair.partition("=")
         if not eq or not key.strip():
             raise SpecError(f"bad option {pair!r} in {spec!r}: write name:key=value,key=value.")
+        if key.strip() in options:
+            raise SpecError(f"option {key.strip()!r} stands twice in {spec!r}.")
         options[key.strip()] = value.strip()
     return name.strip(), options
 
