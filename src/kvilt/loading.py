@@ -37,7 +37,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
 
 def _folder(name: str) -> str:
     """`builtin` and `builtin-VARIANT` are models that ship with the package; other names are left alone."""
-    if name.partition("-")[0] != "builtin" or Path(name).exists():
+    if Path(name).exists():
+        return name
+    if name.startswith((".", "/", "~")):  # no hub name looks like this, and asking the hub takes half a minute offline
+        raise ModelError(f"cannot load model {name!r}: no such folder.")
+    if name.partition("-")[0] != "builtin":
         return name
     shipped = Path(str(files("kvilt"))) / "builtin"
     found = shipped / name.replace("builtin", "model", 1)
