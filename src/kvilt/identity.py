@@ -14,6 +14,18 @@ from torch import Tensor, nn
 
 from kvilt.types import digest_of
 
+UNRELATED = {  # config fields that change no key and no value
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "attn_implementation", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "tie_word_embeddings", "name_or_path"),
+    *(
+        "vocab_size",
+        "initializer_range",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    ),  # Rope.identity has the rotation
+}
+
 
 def weights_digest(hf: nn.Module) -> str:
     """Content digest of all weights, adapters included; remembered per file for models loaded unchanged from disk."""
@@ -32,9 +44,24 @@ def weights_digest(hf: nn.Module) -> str:
 def _digest_tensors(hf: nn.Module) -> str:
     hasher = blake3(max_threads=blake3.AUTO)
     for name, tensor in sorted(hf.state_dict().items()):
-        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hasher.update(_bytes(tensor))
+        exact = _narrowed(tensor.detach())
+        hasher.update(f"{name} {exact.dtype} {tuple(exact.shape)}\n".encode())
+        hasher.update(_bytes(exact))
     return hasher.hexdigest()
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """float32 as bfloat16 where nothing is lost: a bfloat16 checkpoint is the same model in both, and so are its wrappers."""
+    if tensor.dtype != torch.float32 or not torch.equal((few := tensor.flatten()[:4096]).bfloat16().float(), few):
+        return tensor
+    narrow = tensor.bfloat16()
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
+
+
+def config_digest(config: Any) -> str:
+    """Digest of the settings that shape keys and values beside the weights (norm epsilons, multipliers, experts ...)."""
+    own = {k: v for k, v in config.to_diff_dict().items() if k not in UNRELATED and not k.startswith("_")}
+    return digest_of(json.dumps(own, sort_keys=True, default=str))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -42,10 +69,15 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of vocabulary and special tokens: two tokenizers that map text to ids alike share it."""
+    """Digest of vocabulary and special tokens: two tokenizers that map text to ids alike share it.
+
+    The padding and truncation that its last call has left in a fast tokenizer are none of its identity."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return digest_of(vocabulary, backend.to_str() if backend is not None else type(tokenizer).__name__)
+    if backend is None:
+        return digest_of(vocabulary, type(tokenizer).__name__)
+    pipeline = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    return digest_of(vocabulary, json.dumps(pipeline, sort_keys=True))
 
 
 def _remembered(hf: nn.Module) -> tuple[Path, str] | None:
@@ -55,7 +87,7 @@ def _remembered(hf: nn.Module) -> tuple[Path, str] | None:
     if not files or not getattr(hf, "kvilt_unchanged", False):
         return None
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    tag = hashlib.sha256(json.dumps([stats, str(hf.dtype), type(hf).__name__]).encode()).hexdigest()
+    tag = hashlib.sha256(json.dumps(["weights-2", stats, str(hf.dtype), type(hf).__name__]).encode()).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "kvilt" / "digests.json", tag
 

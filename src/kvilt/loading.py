@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kvilt import support
 from kvilt.errors import ModelError, SpecError
@@ -27,10 +28,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
         support.check_config(config)
         tokenizer = AutoTokenizer.from_pretrained(name)
         kind = _dtype(dtype, config, place)
-        hf = AutoModelForCausalLM.from_pretrained(name, dtype=kind).to(place)
-    except (OSError, ValueError, KeyError) as error:
+        hf, found = AutoModelForCausalLM.from_pretrained(name, dtype=kind, output_loading_info=True)
+        hf = hf.to(place)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         hint = "" if Path(name).exists() else " No such folder here; names without a folder are looked up on the hub."
         raise ModelError(f"cannot load model {name!r}: {_first_line(error)}{hint}") from error
+    if found["missing_keys"]:  # transformers makes them up, differently every time
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ModelError(f"cannot load model {name!r}: its files lack weights that the model has: {missing} ...")
     hf.kvilt_unchanged = True  # weights are those of the files: their digest may be remembered
     return Model(hf, tokenizer_digest(tokenizer)), tokenizer
 

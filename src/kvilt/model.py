@@ -38,6 +38,7 @@ class Model:
         self.pool = BufferPool(self.shape)
         self.digest = identity.weights_digest(hf)
         self.tokenizer_digest = tokenizer_digest
+        self._configuration = digest_of(self.rope.identity, identity.config_digest(config))
         proof.check(self, own)
 
     @property
@@ -76,7 +77,7 @@ class Model:
         identity = (
             self.digest,
             self.tokenizer_digest,
-            self.rope.identity,
+            self._configuration,
             str(self.shape.dtype).removeprefix("torch."),
         )
         return CacheKey(*identity, encoding.digest, compression, digest_of(tokens))

@@ -53,7 +53,7 @@ def check_config(config: Any) -> None:
 
 def _check_fields(config: Any) -> None:
     for field, why in REFUSED_FIELDS.items():
-        value = getattr(config, field, None)
+        value = _value(config, field)
         if field == "no_rope_layers" and value is not None and all(value):
             continue
         if value:
@@ -77,6 +77,15 @@ def _check_windows(config: Any) -> None:
             f"{config.model_type} is refused: config field sliding_window = {window} is active: a document would be hidden "
             "from later tokens depending on where it stands."
         )
+
+
+def _value(config: Any, field: str) -> Any:
+    try:
+        return getattr(config, field, None)
+    except Exception as error:  # transformers raises where layers differ in a field
+        raise ModelError(
+            f"{config.model_type} is refused: config field {field} differs from layer to layer."
+        ) from error
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ RENDER_OPTIONS: dict[str, Any] = {  # thinking is switched off; a fixed date kee
     "thinking": False,
     "date_string": "26 Jul 2024",
 }
+_encoding = threading.Lock()  # a fast tokenizer is switched between reading and not reading special tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,10 @@ class TextFormat:
     """Splits a prompt into a system part, documents and a question part, and tokenises each by itself.
 
     Chat models: their template is rendered once with sentinels where documents and question go, and split there.
-    Base models (no template): "system\\n\\n" documents "Question: ...\\nAnswer:"."""
+    Base models (no template): "system\\n\\n" documents "Question: ...\\nAnswer:".
+
+    Special tokens are read in the template and in the system text alone: a document or a question that holds the text
+    of one ("<|eot_id|>") is ordinary text, and cannot end its turn or speak as somebody else."""
 
     tokenizer: Any
     head: str  # text before the documents
@@ -40,17 +46,23 @@ class TextFormat:
         if not getattr(tokenizer, "chat_template", None):
             head = f"{system}\n\n" if system else ""
             return cls(tokenizer, head, "Question: ", "\nAnswer:", bos=tokenizer.bos_token_id is not None)
-        rendered = _render(tokenizer, system)
-        head, _, rest = rendered.partition(DOCUMENTS)
+        head, _, rest = _render(tokenizer, system).partition(DOCUMENTS)
         middle, _, tail = rest.partition(QUESTION)
-        if not rest or not tail:
-            raise ModelError(
-                "this tokenizer's chat template drops the user's message: documents cannot be placed in it."
-            )
         return cls(tokenizer, head, middle, tail, bos=False)
 
-    def _ids(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
+    def _ids(self, text: str, plain: bool = False) -> Tensor:
+        """Ids of one part; with `plain`, special tokens in it are ordinary text."""
+        with _encoding:
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+        return torch.tensor(ids, dtype=torch.long)
+
+    @functools.cached_property
+    def _special(self) -> Tensor:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return torch.tensor([i for i, token in added if token.special], dtype=torch.long)
+
+    def _count_special(self, ids: Tensor) -> int:
+        return int(torch.isin(ids, self._special).sum())
 
     def system_ids(self) -> Tensor:
         """Everything before the documents, (tokens,)."""
@@ -59,16 +71,24 @@ class TextFormat:
 
     def document_ids(self, document: Document) -> Tensor:
         """One document alone: no BOS, no system text, (tokens,). Raises DocumentError when there is nothing to encode."""
+        name = document.id or document.title or "without a name"
         if not isinstance(document.text, str) or not document.text.strip():
-            name = document.id or document.title or "without a name"
             raise DocumentError(f"document {name} is empty. Leave it out, or give it a text.")
-        return self._ids(document.content)
+        if not _is_unicode(document.content):
+            raise DocumentError(f"document {name} holds half of a surrogate pair: it was not decoded as what it is.")
+        return self._ids(document.content, plain=True)
 
     def question_ids(self, question: str) -> Tensor:
         """The question and everything after it, (tokens,). Raises PromptError when it is empty."""
         if not question.strip():
             raise PromptError("the question is empty.")
-        return self._ids(f"{self.middle}{question}{self.tail}")
+        if not _is_unicode(question):
+            raise PromptError("the question holds half of a surrogate pair: it was not decoded as what it is.")
+        middle, tail = self._ids(self.middle), self._ids(self.tail)
+        whole = self._ids(f"{self.middle}{question}{self.tail}")
+        if self._count_special(whole) == self._count_special(middle) + self._count_special(tail):
+            return whole
+        return torch.cat([middle, self._ids(question, plain=True), tail])
 
     def sink(self) -> int | None:
         """BOS, or the token that serves as one."""
@@ -85,14 +105,37 @@ class TextFormat:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _render(tokenizer: Any, system: str) -> str:
-    user = {"role": "user", "content": DOCUMENTS + QUESTION}
-    options = {"tokenize": False, "add_generation_prompt": True, **RENDER_OPTIONS}
+    """The prompt with sentinels; the system text goes into the user's message where a template has no place for it."""
+
+    def render(*messages: tuple[str, str]) -> str:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **RENDER_OPTIONS))
+
+    user = DOCUMENTS + QUESTION
     if system:
         try:
-            return str(tokenizer.apply_chat_template([{"role": "system", "content": system}, user], **options))
-        except Exception as error:  # templates refuse system messages with errors of many types
-            user["content"] = f"{system}\n\n{DOCUMENTS}{QUESTION}"
-            if "system" not in str(error).lower():
-                raise ModelError(f"this tokenizer's chat template fails: {error}") from error
-    return str(tokenizer.apply_chat_template([user], **options))
+            rendered = render(("system", system), ("user", user))
+        except Exception:  # templates refuse system messages with errors of many types
+            rendered = ""
+        if system.strip() in rendered and _is_split(rendered):
+            return rendered
+        user = f"{system}\n\n{user}"
+    try:
+        rendered = render(("user", user))
+    except Exception as error:
+        raise ModelError(f"this tokenizer's chat template fails: {error}") from error
+    if not _is_split(rendered):
+        raise ModelError(
+            "this tokenizer's chat template drops, repeats or reorders the user's message: documents cannot be placed in it."
+        )
+    return rendered
+
+
+def _is_split(rendered: str) -> bool:
+    once = rendered.count(DOCUMENTS) == rendered.count(QUESTION) == 1
+    return once and rendered.index(DOCUMENTS) < rendered.index(QUESTION)

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 
+from kvilt.errors import SpecError
 from kvilt.plan import Plan
 from kvilt.strategies.base import Plain, Probe, begin, sink_tokens
 from kvilt.types import Encoding, ModelInfo, Prompt
@@ -21,6 +22,10 @@ class Epic(Plain):
     LegoLink-0 recomputes nothing and encodes every document behind four BOS tokens, whose rows are dropped."""
 
     tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise SpecError(f"option tokens wants 0 or more, not {self.tokens}.")
 
     def bind(self, info: ModelInfo) -> Self:
         """Resolve the sink; LegoLink-0 has one of its own."""

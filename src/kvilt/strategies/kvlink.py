@@ -33,9 +33,16 @@ class LinkTokens:
 
     @classmethod
     def from_json(cls, text: str) -> LinkTokens:
-        """Read a description file."""
-        raw = json.loads(text)
-        return cls(tuple(map(tuple, raw["ids"])), tuple(raw["start"]), tuple(raw["end"]))
+        """Read a description file. Raises SpecError when it is none."""
+        try:
+            raw = json.loads(text)
+            ids = tuple(tuple(map(int, row)) for row in raw["ids"])
+            found = cls(ids, tuple(map(int, raw["start"])), tuple(map(int, raw["end"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise SpecError(f"kvlink: {DESCRIPTION} beside the model is not readable: {error!r}.") from error
+        if len(set(map(len, ids))) > 1:
+            raise SpecError(f"kvlink: {DESCRIPTION}: every slot needs the same number of link tokens.")
+        return found
 
     def to_json(self) -> str:
         """Write a description file."""
@@ -54,7 +61,8 @@ class LinkTokens:
     @classmethod
     def published(cls, links: int) -> LinkTokens:
         """The layout of the authors' Llama 3 checkpoints: id 128011 + slot * links + k."""
-        rows = [[LLAMA3_FIRST + slot * links + k for k in range(links)] for slot in range(LLAMA3_SLOTS)]
+        slots = min(LLAMA3_SLOTS, (LLAMA3_MARKERS[0] - LLAMA3_FIRST) // links) if links else LLAMA3_SLOTS
+        rows = [[LLAMA3_FIRST + slot * links + k for k in range(links)] for slot in range(slots)]
         return cls(tuple(map(tuple, rows)), LLAMA3_MARKERS[:1], LLAMA3_MARKERS[1:])
 
     @classmethod
@@ -80,6 +88,10 @@ class KVLink(Strategy):
 
     links: int = 5
     tokens: LinkTokens = field(default=LinkTokens(()), repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.links < 0:
+            raise SpecError(f"option links wants 0 or more, not {self.links}.")
 
     def bind(self, info: ModelInfo) -> Self:
         """Find the checkpoint's link tokens."""

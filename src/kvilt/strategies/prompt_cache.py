@@ -26,6 +26,10 @@ class PromptCache(Plain):
     consecutive: bool = False
     schema: str = ""
 
+    def __post_init__(self) -> None:
+        if self.slot < 1:
+            raise SpecError(f"option slot wants 1 or more, not {self.slot}.")
+
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """System and modules are reused at their intervals; the question is computed after the last of them."""
         layout = begin(prompt)
@@ -50,6 +54,12 @@ class PromptCache(Plain):
             raise PromptError(
                 f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}."
             )
+        chosen = {modules[n][0]: n for n in prompt.names}
+        for name in prompt.names:
+            if chosen[modules[name][0]] != name:
+                raise PromptError(
+                    f"prompt_cache: {chosen[modules[name][0]]!r} and {name!r} are alternatives of one union: choose one."
+                )
         return [modules[n] for n in prompt.names]
 
 
@@ -61,7 +71,10 @@ def read_schema(path: str) -> dict[str, tuple[int, int]]:
         at = 0
         for module in modules:
             members = module.get("union", [module])
-            table.update({m["name"]: (at, int(m["length"])) for m in members})
+            for member in members:
+                if member["name"] in table or int(member["length"]) < 1:
+                    raise ValueError(f"module {member['name']!r} stands twice or has no length")
+                table[member["name"]] = (at, int(member["length"]))
             at += max(int(m["length"]) for m in members)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(f"prompt_cache: schema {path} is not readable: {type(error).__name__} {error}.") from error
