@@ -63,3 +63,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'kvilt' has no attribute {name!r}")
     return getattr(importlib.import_module(f"kvilt.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted({*globals(), *__all__})

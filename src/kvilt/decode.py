@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kvilt.errors import PromptError
 from kvilt.model import Model
@@ -19,12 +20,11 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 NOT_SERVED = {  # generation options that want another loop or another cache, and what leaves them off
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
-    "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0.0),
     "dola_layers": (None,),
     "prompt_lookup_num_tokens": (None,),
     "guidance_scale": (None, 1.0),
-    "cache_implementation": (None,),
+    "cache_implementation": (None, "dynamic"),
     "max_length": (None,),
 }
 
@@ -51,7 +51,9 @@ class Settings:
         if not sample or options.get("temperature", 1.0) == 0:
             sample, options = False, {k: v for k, v in options.items() if k not in SAMPLING}
             vars(config).update(dict.fromkeys(SAMPLING))
-        vars(config).update(dict.fromkeys(NOT_SERVED))  # what the model's own settings say of them
+        vars(config).update(
+            {name: off[-1] for name, off in NOT_SERVED.items()}
+        )  # None: the model's own would come back
         try:
             config.update(do_sample=bool(sample), **options)
             return cls(config, None if seed is None else int(seed))
@@ -113,13 +115,17 @@ def generate(
                 return input_ids
             scores = model.step(token, placed)
 
+    stopping = StoppingCriteriaList()
+    if config.stop_strings and tokenizer is not None:  # transformers passes no tokenizer on to a loop of one's own
+        stopping.append(StopStringCriteria(tokenizer, config.stop_strings))
+        config.stop_strings = None
     try:
         out = model.hf.generate(
             ids,
             generation_config=config,
             attention_mask=torch.ones_like(ids),
             custom_generate=loop,
-            tokenizer=tokenizer,
+            stopping_criteria=stopping,
         )
     finally:
         if streamer is not None:

@@ -85,12 +85,16 @@ class Encoder:
             )
         return Item(document, ids, self.model.key(ids, self.encoding))
 
+    def _storable(self, documents: Iterable[Document]) -> dict[str, Item]:
+        """Documents by content address, those left out that must never be stored."""
+        return {item.key.digest: item for item in self.items(documents) if item.document.store}
+
     def encode(
         self, documents: Iterable[Document], on_progress: Callable[[Progress], None] | None = None
     ) -> EncodeReport:
         """Encode and store what is missing. A rerun, or another process at the same time, encodes nothing twice."""
         began = time.perf_counter()
-        unique = {item.key.digest: item for item in self.items(documents)}
+        unique = self._storable(documents)
         present = self.store.contains(unique)
         missing = [item for key, item in unique.items() if key not in present]
         encoded, done, tokens, total = 0, 0, 0, sum(len(i.ids) for i in missing)
@@ -103,7 +107,7 @@ class Encoder:
 
     def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
         """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
-        unique = {item.key.digest: item for item in self.items(documents)}
+        unique = self._storable(documents)
         present = self.store.contains(unique)
         missing = [item for key, item in unique.items() if key not in present]
         tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]

@@ -82,6 +82,8 @@ class Wrapper:
             raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
         if metadata.pop("format", None) != FORMAT or not {"header", "trailer"} <= set(tensors):
             raise WrapperError(f"{path} is not a wrapper of format {FORMAT}.")
+        if len({t.shape[-1:] for t in tensors.values()}) > 1:
+            raise WrapperError(f"{path}: its parts hold vectors of different width.")
         if any(t.dim() != 2 or not torch.isfinite(t).all() for t in tensors.values()):
             raise WrapperError(f"{path}: vectors must be finite and of shape (vectors, hidden).")
         return cls(tensors["header"], tensors["trailer"], metadata.pop("model", ""), tensors.get("links"), metadata)

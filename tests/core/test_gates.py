@@ -92,6 +92,7 @@ def test_only_recompute_free_plans_without_links_are_suffixes(wrapper: Path) -> 
     assert {s for s, yes in suffix.items() if not yes} == {
         "kvlink:links=1",
         "kvlink:links=5",
+        "linked_packet:wrapper=WRAPPER,layout=slots",
         "epic:tokens=3",
         "epic:tokens=16,sink=system",
     }

@@ -1,0 +1,243 @@
+"""What each method's paper says of its layout: slots, unions, links, sinks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, off, prompt, wrapper_file
+
+import zoo
+from kvilt.errors import PromptError, SpecError
+from kvilt.strategies.epic import Epic
+from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
+from kvilt.strategies.prompt_cache import PromptCache, read_schema
+from kvilt.types import Document, ModelInfo
+
+Q = torch.tensor([90, 91])
+SYSTEM = fake([80, 81, 82])
+A, B, C = fake([1, 2, 3, 4]), fake([5, 6]), fake([7, 8, 9])
+
+
+def starts(plan: Any) -> list[int]:
+    return [s.start for s in plan.segments]
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("this strategy has nothing to look at first")
+
+
+# --- Prompt Cache ---
+
+
+def test_prompt_cache_gives_every_document_its_slot() -> None:
+    """Danger: a module's place depends on how long the one before it is, so its cache cannot stay where it is."""
+    plan = PromptCache(slot=10).plan(prompt(Q, A, B, C, system=SYSTEM), never)
+    assert starts(plan) == [0, 3, 13, 23, 26]  # the question follows the last module
+    assert plan.is_suffix
+    with pytest.raises(PromptError, match="4 tokens does not fit its 3 positions"):
+        PromptCache(slot=3).plan(prompt(Q, A, system=SYSTEM), never)
+
+
+def test_prompt_cache_consecutive_has_no_gaps() -> None:
+    """Danger: the variant that later papers measured is not the one that runs."""
+    plan = PromptCache(consecutive=True).plan(prompt(Q, A, B, C, system=SYSTEM), never)
+    assert starts(plan) == [0, 3, 7, 9, 12]
+
+
+def schema(folder: Path, modules: Any = None) -> str:
+    given = modules or [
+        {"name": "terms", "length": 6},
+        {"union": [{"name": "de", "length": 4}, {"name": "fr", "length": 9}]},
+        {"name": "customer", "length": 5},
+    ]
+    path = folder / "schema.json"
+    path.write_text(json.dumps({"modules": given}))
+    return str(path)
+
+
+def test_a_schema_places_modules_unions_and_parameters(tmp_path: Path) -> None:
+    """Danger: a union is as long as the member in use, and everything behind it moves."""
+    path = schema(tmp_path)
+    assert read_schema(path) == {"terms": (0, 6), "de": (6, 4), "fr": (6, 9), "customer": (15, 5)}
+    strategy = PromptCache(schema=path)
+    for chosen in ("de", "fr"):
+        asked = prompt(Q, A, B, C, system=SYSTEM)
+        plan = strategy.plan(type(asked)(asked.system, asked.documents, Q, ("terms", chosen, "customer")), never)
+        assert starts(plan) == [0, 3, 9, 18, 21]
+    parts = (B, C)
+    left_out = strategy.plan(type(asked)(SYSTEM, parts, Q, ("customer", "terms")), never)  # any order, any subset
+    assert starts(left_out) == [0, 18, 3, 20]
+
+
+def test_a_schema_refuses_what_has_no_place_in_it(tmp_path: Path) -> None:
+    """Danger: a document lands on another one's positions."""
+    strategy, asked = PromptCache(schema=schema(tmp_path)), prompt(Q, B, C)
+    with pytest.raises(PromptError, match="no module"):
+        strategy.plan(type(asked)(SYSTEM, (B, C), Q, ("terms", "mine")), never)
+    with pytest.raises(PromptError, match="alternatives of one union"):
+        strategy.plan(type(asked)(SYSTEM, (B, C), Q, ("de", "fr")), never)
+    with pytest.raises(PromptError, match="does not fit its 4 positions"):
+        strategy.plan(type(asked)(SYSTEM, (fake(range(5)),), Q, ("de",)), never)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [{"name": "a"}],
+        [{"name": "a", "length": 0}],
+        [{"name": "a", "length": 3}, {"name": "a", "length": 4}],
+        [{"union": []}],
+        [7],
+    ],
+)
+def test_a_schema_that_is_none_is_refused(tmp_path: Path, modules: Any) -> None:
+    """Danger: a mistake in the file is found as a crash in the middle of a prompt."""
+    path = schema(tmp_path, modules)
+    with pytest.raises(SpecError, match="is not readable"):
+        read_schema(path)
+    with pytest.raises(SpecError, match="is not readable"):
+        read_schema(str(tmp_path / "missing.json"))
+
+
+def test_a_parameter_is_computed_in_its_reserved_place(tmp_path: Path) -> None:
+    """Danger: a parameter's text is stored, or what stands behind it moves with its length."""
+    path = schema(
+        tmp_path, [{"name": "ada", "length": 90}, {"name": "who", "length": 30}, {"name": "sel", "length": 90}]
+    )
+    engine = engine_of(f"prompt_cache:schema={path}")
+    for words in ("Bo", "A much longer name"):
+        given = [DOCUMENTS[0], Document(words, id="who", store=False), DOCUMENTS[2]]
+        plan = engine.plan(QUESTION, given)
+        system = len(engine.text.system_ids())
+        assert starts(plan)[:4] == [0, system, system + 90, system + 120]
+        assert off(engine.model.run(plan)[0], engine.model.dense(plan.dense())[-1]) < TOLERANCE
+    assert engine.store.stats().entries == 3  # the system part and two modules
+
+
+# --- KVLink ---
+
+
+def test_links_belong_to_slots_and_are_computed() -> None:
+    """Danger: the n-th document gets the links of its content, or shares them with another slot (papers.md 1.4)."""
+    tokens = LinkTokens(((101, 102), (103, 104), (105, 106)), (201,), (202,))
+    for order in ((A, B, C), (C, A, B)):
+        plan = KVLink(links=2, tokens=tokens).plan(prompt(Q, *order, system=SYSTEM), never)
+        assert plan.computed_tokens.tolist() == [201, 101, 102, 103, 104, 105, 106, 202, 90, 91]
+        assert bool((plan.positions.diff() == 1).all())  # one numbering, links and markers included (1.6)
+        names = [s.name for s in plan.segments]
+        assert names == [
+            "system",
+            "start",
+            "document",
+            "links",
+            "document",
+            "links",
+            "document",
+            "links",
+            "end",
+            "question",
+        ]
+
+
+def test_documents_never_see_links_but_links_see_documents() -> None:
+    """Danger: the mask of papers.md 1.5 is not the one that runs."""
+    tokens = LinkTokens(((101,), (102,)), (201,), (202,))
+    dense = KVLink(links=1, tokens=tokens).plan(prompt(Q, B, C, system=SYSTEM), never).dense()
+    at = {int(t): i for i, t in enumerate(dense.tokens)}
+    sees = {t: {int(dense.tokens[j]) for j in dense.mask[i].nonzero()[:, 0]} for t, i in at.items()}
+    assert sees[201] == {80, 81, 82, 201}
+    assert sees[6] == {5, 6}
+    assert sees[9] == {7, 8, 9}
+    assert sees[101] == {80, 81, 82, 201, 5, 6, 101}
+    assert sees[102] == {80, 81, 82, 201, 5, 6, 101, 7, 8, 9, 102}
+    assert sees[91] == set(at)
+
+
+@pytest.mark.parametrize("links", [1, 5, 6, 7, 100])
+def test_the_published_layout_is_the_authors_and_never_runs_into_the_markers(links: int) -> None:
+    """Danger: link id = 128011 + slot * K + k; with many links the last slots would be markers, or no tokens at all."""
+    tokens = LinkTokens.published(links)
+    assert tokens.ids[0][0] == 128011
+    assert tokens.ids[1][0] == 128011 + links
+    assert (tokens.start, tokens.end) == ((128254,), (128255,))
+    assert max(map(max, tokens.ids)) < 128254
+    assert len(tokens.ids) == (40 if links <= 6 else 243 // links)
+
+
+def info(**more: Any) -> ModelInfo:
+    return ModelInfo("digest", 64, more.pop("vocab_size", 326), 4, 10.0, **more)
+
+
+def test_link_tokens_come_from_the_checkpoint_then_the_layout_then_what_is_reserved(tmp_path: Path) -> None:
+    """Danger: trained links are ignored, and others stand in their place."""
+    (tmp_path / DESCRIPTION).write_text(LinkTokens(((7, 8), (9, 10)), (5,), (6,)).to_json())
+    described = KVLink(links=2).bind(info(directory=str(tmp_path)))
+    assert described.tokens == LinkTokens(((7, 8), (9, 10)), (5,), (6,))
+    assert KVLink(links=1).bind(info(directory=str(tmp_path))).tokens.ids == ((7, 8), (9, 10))
+    with pytest.raises(SpecError, match="2 link tokens per document"):
+        KVLink(links=3).bind(info(directory=str(tmp_path)))
+    assert LinkTokens.of(info(vocab_size=128256), 5) == LinkTokens.published(5)
+    reserved = LinkTokens.of(info(reserved=tuple(range(10, 20))), 3)
+    assert reserved == LinkTokens(((12, 13, 14), (15, 16, 17)), (10,), (11,))
+    with pytest.raises(SpecError, match="at least 7 reserved tokens"):
+        KVLink(links=5).bind(info(reserved=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ids": [[1], [2, 3]], "start": [], "end": []}', '{"ids": [["x"]]}'])
+def test_a_broken_description_is_named(tmp_path: Path, text: str) -> None:
+    """Danger: a KeyError from a file nobody knew about."""
+    (tmp_path / DESCRIPTION).write_text(text)
+    with pytest.raises(SpecError, match=DESCRIPTION):
+        KVLink(links=1).bind(info(directory=str(tmp_path)))
+
+
+def test_more_documents_than_slots_are_refused() -> None:
+    """Danger: a document in an untrained slot, or an IndexError."""
+    tokens = LinkTokens(((101,), (102,)))
+    with pytest.raises(PromptError, match="3 documents, but link tokens for 2 slots"):
+        KVLink(links=1, tokens=tokens).plan(prompt(Q, A, B, C), never)
+    assert len(KVLink(links=0).plan(prompt(Q, A, B, C), never).segments) == 5
+
+
+# --- sinks, EPIC, options ---
+
+
+def test_sinks_stand_in_front_and_leave_no_rows() -> None:
+    """Danger: a sink is stored with every document, or is another one than the option says."""
+    plain, four, system = (engine_of(f"block:sink={s}") for s in ("none", "4", "system"))
+    assert plain.encoder.encoding.before == ()
+    assert four.encoder.encoding.before == (0, 0, 0, 0)
+    assert system.encoder.encoding.before == system.info.system
+    positions = [e.plan(QUESTION, DOCUMENTS).positions.tolist() for e in (plain, four, system)]
+    assert positions[0] == positions[1] == positions[2]
+    with pytest.raises(SpecError, match="option sink"):
+        engine_of("block:sink=bos")
+
+
+def test_epic_recomputes_the_first_tokens_of_all_but_the_prefix() -> None:
+    """Danger: the document that is the prompt's prefix is recomputed for nothing, or short documents break."""
+    with_system = Epic(tokens=3).plan(prompt(Q, A, B, C, system=SYSTEM), never)
+    assert with_system.computed_tokens.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 90, 91]
+    without = Epic(tokens=3).plan(prompt(Q, A, B), never)
+    assert without.computed_tokens.tolist() == [5, 6, 90, 91]
+    assert engine_of("epic:tokens=0").encoder.encoding.before == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("spec", ["kvlink:links=-1", "epic:tokens=-3", "prompt_cache:slot=0"])
+def test_options_out_of_range_are_refused(spec: str) -> None:
+    """Danger: a negative count cuts from the other end and means something else."""
+    with pytest.raises(SpecError, match="wants"):
+        engine_of(spec)
+
+
+def test_a_strategy_s_repr_is_its_configuration(tmp_path: Path) -> None:
+    """Danger: a result cannot be told from another one's, or its name holds a table of vectors."""
+    path = wrapper_file(tmp_path)
+    assert repr(engine_of("block:sink=4").strategy) == "BlockAttention(sink='4')"
+    assert repr(engine_of("kvlink:links=1").strategy) == "KVLink(links=1)"
+    assert repr(engine_of(f"kv_packet:wrapper={path}").strategy) == f"KVPacket(wrapper='{path}')"
+    assert repr(zoo.model_of("llama").info()).count("\n") == 0
