@@ -154,6 +154,7 @@ def test_each_decoded_token_equals_computing_the_plan_anew(model: Model, make: C
     made = layout(Q)
     made.segments, made.at = list(plan.segments), plan.end
     for i, token in enumerate(said):
+        assert placed.get_seq_length() == plan.end + i  # transformers' own arithmetic counts positions, not rows
         logits = model.step(token[None, None], placed)[0]
         again = made.compute(said[i : i + 1]).plan()
         assert off(logits, model.run(again)[0]) < TOLERANCE

@@ -43,6 +43,7 @@ def test_the_answer_begins_after_the_furthest_segment() -> None:
     plan = layout(Q).compute(torch.tensor([5, 6, 7, 8])).compute(torch.tensor([9]), at=0).ask().plan()
     assert plan.segments[-1].start == 4
     assert plan.end == 6
+    assert layout(Q).compute(torch.tensor([5, 6, 7, 8])).compute(torch.tensor([9]), at=0).plan().end == 4
 
 
 def test_a_pruned_place_is_neither_reused_nor_computed() -> None:
