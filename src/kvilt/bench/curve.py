@@ -11,7 +11,7 @@ from kvilt.bench import models, ttft
 from kvilt.errors import MissingExtra
 from kvilt.loading import DTYPES
 
-LONG_CONTEXT = 6000  # tokens; longer prompts are measured once: full prefill takes minutes
+LONG_CONTEXT = 6000  # tokens; full prefill of longer prompts takes minutes and is measured once
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: encoding")
             made = ttft.setting(model, strategies, keep or Path(temporary), count)
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: measuring")
-            rows = ttft.measure(made, repeats if context <= LONG_CONTEXT else 1)
+            rows = ttft.measure(made, repeats, full_once=context > LONG_CONTEXT)
             points.append({"documents": count, "context": context, "rows": rows})
     return {"shape": shape, "dtype": dtype, "device": device, "repeats": repeats, "points": points}
 
@@ -35,8 +35,8 @@ def run(
 def table(result: dict[str, Any]) -> str:
     """Markdown: one row per context and strategy."""
     lines = [
-        "| context | strategy | TTFT s | of full | floor s | TTFT / floor | computed | MB loaded |",
-        "|" + "---|" * 8,
+        "| context | strategy | runs | TTFT s | of full | floor s | TTFT / floor | computed | MB loaded |",
+        "|" + "---|" * 9,
     ]
     for point in result["points"]:
         lines += [_line(point["context"], name, row) for name, row in point["rows"].items()]
@@ -45,7 +45,8 @@ def table(result: dict[str, Any]) -> str:
 
 def _line(context: int, name: str, row: dict[str, Any]) -> str:
     share = f"{100 * row['of_full']:.2f} %" if "of_full" in row else ""
-    head = f"| {context} | {name.split(':wrapper')[0]} | {row['ttft_s']['median']:.3f} | {share} |"
+    taken = row["ttft_s"]
+    head = f"| {context} | {name.split(':wrapper')[0]} | {taken['n']} | {taken['median']:.3f} | {share} |"
     if "floor_s" not in row:
         return f"{head} | | | |"
     return (

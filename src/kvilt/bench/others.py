@@ -90,20 +90,25 @@ def _prefill(model: Model, ids: Tensor) -> None:
 
 
 MEMORY_SCRIPT = """
-import resource, sys, tempfile
+import re, sys
 from pathlib import Path
 from kvilt.bench.models import random_model
 from kvilt.bench.ttft import setting
+
+def resident(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
 shape, documents, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 model = random_model(shape)
 made = setting(model, ["block"], folder, documents)
 engine = made.engines["block"]
 if sys.argv[4] == "answer":
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
     engine.answer(made.question, made.documents, max_new_tokens=8)
+    peak = resident("VmHWM")
     plan = engine.plan(made.question, made.documents)
-    print(before, peak(), (len(plan.positions) + 8) * model.bytes_per_token, sum(p.numel() * 4 for p in model.hf.parameters()))
+    print(before, peak, (len(plan.positions) + 8) * model.bytes_per_token, sum(p.numel() * 4 for p in model.hf.parameters()))
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def take_turns(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each contestant `repeats` times, one after the other, so that a noisy minute hits all of them alike."""
+def take_turns(
+    contestants: dict[str, Callable[[], float]], repeats: int, once: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Each contestant `repeats` times, one after the other, so that a noisy minute hits all of them alike.
+
+    Those named in `once` take part in the first round only."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for name, measure in contestants.items():
-            found[name].append(measure())
+            if turn == 0 or name not in once:
+                found[name].append(measure())
     return found
 
 

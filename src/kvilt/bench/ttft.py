@@ -66,7 +66,7 @@ def _strategy(spec: str, wrapper: Path) -> Strategy:
     return strategy
 
 
-def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
+def measure(made: Setting, repeats: int, full_once: bool = False) -> dict[str, dict[str, Any]]:
     """TTFT, floor and steps of every strategy, in turns; a first round of all but full prefill warms up."""
     steps: dict[str, dict[str, float]] = {}
 
@@ -86,7 +86,7 @@ def measure(made: Setting, repeats: int) -> dict[str, dict[str, Any]]:
     turns["readinto"] = lambda: _readinto(files)
     for warm in (t for name, t in turns.items() if name != "full"):
         warm()
-    found = take_turns(turns, repeats)
+    found = take_turns(turns, repeats, once=("full",) if full_once else ())
     rate = sum(f.stat().st_size for f in files) / summary(found["readinto"])["median"]
     return {name: _row(name, made, found, plans.get(name), rate) | {"steps_s": steps[name]} for name in made.engines}
 
