@@ -20,7 +20,6 @@ from kvilt.evaluate.metrics import normalise
 from kvilt.evaluate.tasks.base import Sample
 from kvilt.loading import load_model
 from kvilt.registry import build
-from kvilt.strategies.base import Strategy
 from kvilt.text import TextFormat
 from kvilt.types import Answer
 
@@ -59,8 +58,8 @@ def demo(
     asked = _questions(questions)
     with tempfile.TemporaryDirectory() as folder:
         place = store or f"disk:path={folder}"
-        rows = [_ask(engine, asked, err) for engine in _engines(model, place, err)]
-    rows = _compared(rows, asked)
+        rows = [_ask(name, engine, asked, err) for name, engine in _engines(model, place, err).items()]
+    rows = _compared(rows)
     Console(width=120 if not err.is_terminal else None).print(_table(rows, len(asked)))
     if _plot(rows, len(asked), out):
         err.print(f"plot: {out}")
@@ -75,22 +74,19 @@ def _questions(count: int) -> list[Sample]:
     return [s for found in kinds.values() for s in found[:: max(1, len(found) // each)][:each]][:count]
 
 
-def _engines(model: str, store: str, err: Console) -> list[Engine]:
+def _engines(model: str, store: str, err: Console) -> dict[str, Engine]:
     """An engine per strategy; trained ones only where what was trained for this model is at hand."""
-    specs = list(UNTRAINED)
+    first = _load(model, store, "full")
+    engines = {spec: first.with_strategy(spec) for spec in UNTRAINED}
     for name, spec in WRAPPERS.items():
         path = builtin.model_path() / f"{name}.safetensors"
-        specs += [spec.format(path)] if model == "builtin" and path.is_file() else []
-    first = _load(model, store, "full")
-    engines = [first, *(first.with_strategy(s) for s in specs[1:])]
-    shipped = [
-        c
-        for c in CHECKPOINTS
-        if model == "builtin" and builtin.model_path().with_name(c.replace("builtin", "model")).is_dir()
-    ]
-    engines += [_load(c, store, CHECKPOINTS[c]) for c in shipped]
+        if model == "builtin" and path.is_file():
+            engines[name] = first.with_strategy(spec.format(path))
+    for name, spec in CHECKPOINTS.items():
+        if model == "builtin" and builtin.model_path().with_name(name.replace("builtin", "model")).is_dir():
+            engines[spec] = _load(name, store, spec)
     documents = list(builtin.documents().values())
-    for engine in track(engines, "encoding", console=err):
+    for engine in track(list(engines.values()), "encoding", console=err):
         if engine.strategy.encoding is not None:
             engine.encode(documents)
     return engines
@@ -102,21 +98,13 @@ def _load(model: str, store: str, spec: str) -> Engine:
     return Engine(loaded, TextFormat.of(tokenizer), strategy, keep)  # type: ignore[arg-type]
 
 
-def _ask(engine: Engine, asked: Sequence[Sample], err: Console) -> Row:
-    name = _name(engine.strategy)
+def _ask(name: str, engine: Engine, asked: Sequence[Sample], err: Console) -> Row:
     answers = [engine.answer(s.question, s.documents, max_new_tokens=48) for s in track(asked, name, console=err)]
     right = sum(normalise(s.answers[0]) in normalise(a.text) for s, a in zip(asked, answers, strict=True))
     return Row(name, tuple(answers), right, 0)
 
 
-def _name(strategy: Strategy) -> str:
-    name, _, rest = repr(strategy).partition("(")
-    return (
-        name if "wrapper" in rest else f"{name}({rest}".replace("sink='none'", "").replace("()", "").replace(", )", ")")
-    )
-
-
-def _compared(rows: Sequence[Row], asked: Sequence[Sample]) -> list[Row]:
+def _compared(rows: Sequence[Row]) -> list[Row]:
     full = [normalise(a.text) for a in rows[0].answers]
     same = [sum(normalise(a.text) == f for a, f in zip(r.answers, full, strict=True)) for r in rows]
     return [Row(r.strategy, r.answers, r.right, s) for r, s in zip(rows, same, strict=True)]
