@@ -58,7 +58,8 @@ def decode(result: dict[str, Any]) -> str:
 
 def encode(result: dict[str, Any]) -> str:
     """Encoding, one sentence."""
-    return f"Batches of {result['batch']} x 500 tokens, medians of {result['tokens_per_s']['kvilt']['n']} paired runs: {rates(result)}."
+    runs = result["tokens_per_s"]["kvilt"]["n"]
+    return f"Batches of {result['batch']} x 500 tokens, medians of {runs} paired runs: {rates(result)}."
 
 
 def rates(result: dict[str, Any]) -> str:

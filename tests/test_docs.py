@@ -52,3 +52,11 @@ def test_commands_run_as_printed(tmp_path: Path) -> None:
         done = subprocess.run(run, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         expected = (0, 1) if line.split()[1] == "doctor" else (0,)  # doctor reports 1 when it finds something to say
         assert done.returncode in expected, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_figures_are_those_of_the_results() -> None:
+    """README and benchmarks/ hold what the JSON results beside them say."""
+    script = [sys.executable, str(ROOT / "scripts" / "benchmark_tables.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
