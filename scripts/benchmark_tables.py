@@ -22,7 +22,9 @@ def main() -> None:
         made = text
         for name, write in sections.items():
             result = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
-            made = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{write(result)}\n\g<2>", made, flags=re.DOTALL)
+            made = re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{write(result)}\n\g<2>", made, flags=re.DOTALL
+            )
         if made != text:
             stale.append(path.name)
             if "--check" not in sys.argv:

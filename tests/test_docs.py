@@ -28,7 +28,9 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_quick_start_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_start_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In Python: the code block, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
@@ -49,7 +51,9 @@ def test_commands_run_as_printed(tmp_path: Path) -> None:
     assert {line.split()[1] for line in commands} == {"encode", "ask", "verify", "doctor"}
     for line in commands:
         run = line.split("#")[0].replace("kvilt ", f"{sys.executable} -c 'from kvilt.cli import main; main()' ", 1)
-        done = subprocess.run(run, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            run, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         expected = (0, 1) if line.split()[1] == "doctor" else (0,)  # doctor reports 1 when it finds something to say
         assert done.returncode in expected, f"{line}\n{done.stdout}\n{done.stderr}"
 
