@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, engine_of
+from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 
 import zoo
 from kvilt.decode import Settings
@@ -58,6 +59,16 @@ def test_penalties_see_the_prompt_and_the_answer(engine: Engine) -> None:
     assert len(set(never)) == len(never)
     assert not set(never) & prompt
     assert ask(engine, max_new_tokens=24, repetition_penalty=50.0) != plain
+
+
+def test_learned_vectors_are_no_repeated_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: sixteen vectors per document count as token 0, which a repetition penalty then bans."""
+    engine = engine_of(f"kv_packet:wrapper={wrapper_file(tmp_path)}")
+    generate, seen = engine.model.hf.generate, []
+    monkeypatch.setattr(engine.model.hf, "generate", lambda ids, **more: seen.append(ids) or generate(ids, **more))
+    assert len(ask(engine, max_new_tokens=3, min_new_tokens=3)) == 3
+    tokens = torch.cat([s.tokens for s in engine.plan(QUESTION, DOCUMENTS).segments])
+    assert seen[0][0].tolist() == tokens[tokens >= 0].tolist()
 
 
 def test_the_model_s_own_generation_settings_hold() -> None:
@@ -181,14 +192,22 @@ def test_what_goes_wrong_in_a_stream_is_raised_to_its_reader(engine: Engine) -> 
     assert not workers()
 
 
-def test_closing_a_stream_stops_the_work(engine: Engine) -> None:
+def test_closing_a_stream_stops_the_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: a reader who went away leaves a thread that generates to the end."""
+    step, steps = engine.model.step, []
+
+    def slow(*given: Any) -> torch.Tensor:
+        steps.append(time.sleep(0.01))
+        return step(*given)
+
+    monkeypatch.setattr(engine.model, "step", slow)
     items = engine.stream(QUESTION, DOCUMENTS, max_new_tokens=2000, min_new_tokens=2000)
     assert isinstance(next(items), str)
     began = time.perf_counter()
     items.close()  # type: ignore[attr-defined]
     assert time.perf_counter() - began < 5
     assert not workers()
+    assert len(steps) < 1000
     assert ask(engine) == ask(engine)  # its buffer is free again
 
 

@@ -94,6 +94,8 @@ def test_the_same_document_twice_is_encoded_once_and_stands_twice(make: Callable
     system, sizes_of, _ = sizes(engine)
     assert answer.usage.reused_tokens == system + 2 * sizes_of[0] + sizes_of[1]
     assert engine.store.stats().entries == 3  # two documents and the system part
+    again = engine.answer(QUESTION, [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]], max_new_tokens=1).usage
+    assert (answer.usage.misses, again.hits, again.misses) == (3, 3, 0)  # counted by document of the prompt
     plan = engine.plan(QUESTION, [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]])
     assert answer.logits is not None
     assert off(answer.logits, engine.model.dense(plan.dense())[-1]) < TOLERANCE
