@@ -41,6 +41,19 @@ def weights_digest(hf: nn.Module) -> str:
     return digest
 
 
+def was_proved(hf: nn.Module, facts: str) -> bool:
+    """Whether these files have passed the trial at load under the same `facts`."""
+    remembered = _remembered(hf)
+    return remembered is not None and _read(remembered[0]).get(f"{remembered[1]} {facts}") == "proved"
+
+
+def note_proof(hf: nn.Module, facts: str) -> None:
+    """Remember that these files have passed the trial."""
+    remembered = _remembered(hf)
+    if remembered is not None:
+        _write(remembered[0], f"{remembered[1]} {facts}", "proved")
+
+
 def _digest_tensors(hf: nn.Module) -> str:
     hasher = blake3(max_threads=blake3.AUTO)
     for name, tensor in sorted(hf.state_dict().items()):

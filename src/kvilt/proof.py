@@ -7,8 +7,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from kvilt import __version__
 from kvilt.errors import ModelError
 from kvilt.plan import Layout
 from kvilt.types import DocumentCache, Encoding, Prompt
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # on logits, relative to their largest
 LENGTH, ENCODED, AWAY = 8, 5, 9  # tokens of the trial, those encoded as a document, and how far it is moved
+
+
+def facts(hf: Any) -> str:
+    """What a passed trial holds for, beside the model's files."""
+    return f"{__version__} {transformers.__version__} {torch.__version__} {hf.device.type} {hf.dtype}"
 
 
 @torch.no_grad()

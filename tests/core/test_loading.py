@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from kvilt import identity
+from kvilt import identity, proof
 from kvilt.errors import ModelError, SpecError
 from kvilt.loading import load_model
 from kvilt.types import Encoding
@@ -95,6 +95,24 @@ def test_a_digest_is_remembered_only_for_the_files_it_was_made_of(
     os.utime(weights(folder), ns=(1, 1))
     assert load_model(str(folder))[0].digest != first
     assert len(made) == 2
+
+
+def test_a_trial_passed_is_not_repeated_for_the_same_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: every start pays for it again; or changed files, another dtype or other libraries never do."""
+    tried: list[object] = []
+    check = proof.check
+    monkeypatch.setattr(proof, "check", lambda model, own: tried.append(model) or check(model, own))
+    for expected in (1, 1):
+        load_model(str(folder))
+        assert len(tried) == expected
+    load_model(str(folder), dtype="bf16")
+    assert len(tried) == 2
+    monkeypatch.setattr(proof.transformers, "__version__", "99")
+    load_model(str(folder))
+    assert len(tried) == 3
+    os.utime(weights(folder), ns=(1, 1))
+    load_model(str(folder))
+    assert len(tried) == 4
 
 
 def test_a_digest_that_cannot_be_remembered_is_made_again(
