@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from kvilt import builtin
 
-shipped = pytest.mark.skipif(not builtin.model_path().exists(), reason="the model is not trained yet")
-
-
-@shipped
 def test_model_files() -> None:
     weights = builtin.model_path() / "model.safetensors"
     assert weights.stat().st_size <= 12_000_000
     assert (builtin.model_path() / "tokenizer.json").exists()
 
 
-@shipped
 def test_questions_are_about_shipped_documents() -> None:
     documents = builtin.documents()
     for question in builtin.questions():
@@ -28,7 +21,6 @@ def test_questions_are_about_shipped_documents() -> None:
         assert question["value"] in question["answer"]
 
 
-@shipped
 def test_500_questions_of_every_kind() -> None:
     counts = Counter(question["kind"] for question in builtin.questions())
     assert set(counts) == {"one_hop", "two_hop", "chunked", "chunked_hop", "state"}

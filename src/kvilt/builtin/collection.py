@@ -34,7 +34,7 @@ class Asked(TypedDict):
     documents: list[str]
 
 
-ORDERS = 5  # in how many orders of its pages a group is asked about
+ORDERS = 7  # in how many orders of its pages a group is asked about
 
 
 def make(groups: int = 65, tales: int = 25, per_kind: int = 500, seed: int = SEED) -> tuple[list[Paper], list[Asked]]:
