@@ -6,6 +6,7 @@ from collections import Counter
 
 from kvilt import builtin
 
+
 def test_model_files() -> None:
     weights = builtin.model_path() / "model.safetensors"
     assert weights.stat().st_size <= 12_000_000
