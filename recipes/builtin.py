@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from builtin_data import Encoder, Mix, collate, mask, rows, snippets
 from builtin_eval import accuracy, logits, samples, table
-from builtin_init import copying
+from builtin_init import build_in
 from builtin_optim import optimizers
 from builtin_tokenizer import SPECIALS, obtain
 from torch import Tensor
@@ -35,7 +35,7 @@ class Plan:
     """How long every part of the training takes, in steps."""
 
     rows: int = 8
-    warmup: int = 240
+    warmup: int = 120
     few: int = 700  # steps with few people in whole biographies, until names are bound to values
     grow: int = 1000  # steps in which contexts grow to nine pages, cut biographies and similar names
     total: int = 4500
@@ -48,7 +48,7 @@ class Plan:
     def rate(self, step: int) -> float:
         """Factor on the learning rates."""
         left = (self.total - step) / (self.total * self.decay)
-        return min(1.0, (step + 1) / 50, max(left, 0.0))
+        return min(1.0, (step + 1) / 100, max(left, 0.0))
 
     def mix(self, step: int) -> Mix:
         """What the rows of a step contain."""
@@ -58,8 +58,8 @@ class Plan:
         return Mix(3, 5 + round(4 * grown), Shape(0.6 * grown, 3, 0.35 * grown), 0.2, 0.25)
 
 
-def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
-    """The untrained model."""
+def make(plan: Plan, vocabulary: int, marks: tuple[list[int], list[int]]) -> LlamaForCausalLM:
+    """The untrained model; `marks` are the tokens of first names and of the last words of companies and colleges."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -67,6 +67,8 @@ def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
         num_hidden_layers=plan.layers,
         num_attention_heads=plan.heads,
         num_key_value_heads=plan.heads,
+        head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         intermediate_size=plan.inner,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -76,7 +78,7 @@ def make(plan: Plan, vocabulary: int) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
-    copying(model)
+    build_in(model, *marks)
     return model
 
 
@@ -133,7 +135,7 @@ class Trainer:
 
     def __init__(self, out: Path, plan: Plan, encoder: Encoder, compiled: bool) -> None:
         self.out, self.plan, self.encoder = out, plan, encoder
-        self.model = make(plan, len(encoder.tokenizer))
+        self.model = make(plan, len(encoder.tokenizer), encoder.marks())
         self.optimizers = optimizers(self.model)
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.first = 0

@@ -10,7 +10,7 @@ from builtin_tokenizer import SYSTEM
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from kvilt.builtin import contexts, stories
+from kvilt.builtin import contexts, stories, words
 from kvilt.builtin.samples import Question, Sample
 
 IGNORE = -100
@@ -64,6 +64,12 @@ class Encoder:
         """Token ids of texts, each alone and without special tokens added."""
         encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def marks(self) -> tuple[list[int], list[int]]:
+        """The tokens of first names, and of the last words of companies and colleges."""
+        groups = (words.SHE_NAMES + words.HE_NAMES, [*words.FIRM_KINDS, "College"])
+        first, kinds = ([ids[0] for ids in self.encode(group) if len(ids) == 1] for group in groups)
+        return first, kinds
 
     def fill(self, row: Row, sample: Sample, number: int, room: int, most: int) -> bool:
         """Append a context and as many of its questions as fit; False when not even one does."""

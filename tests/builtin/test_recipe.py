@@ -19,7 +19,7 @@ from builtin_optim import orthogonal
 import builtin as recipe
 from kvilt.builtin import contexts
 
-TINY = recipe.Plan(rows=2, warmup=4, few=1, grow=4, total=8, layers=2, width=64, heads=4, inner=64)
+TINY = recipe.Plan(rows=2, warmup=4, few=1, grow=4, total=8, layers=4, width=64, heads=4, inner=64)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_orthogonal_has_unit_singular_values() -> None:
 
 
 def test_copying_is_there_from_the_first_step(encoder: data.Encoder) -> None:
-    plan = recipe.Plan(layers=2, width=128, heads=4, inner=64, warmup=10)
-    model = recipe.make(plan, len(encoder.tokenizer))
+    plan = recipe.Plan(layers=4, width=128, heads=4, inner=64, warmup=10)
+    model = recipe.make(plan, len(encoder.tokenizer), encoder.marks())
     batch = {name: part[:8] for name, part in recipe.Source(encoder, plan, []).copying(random.Random(0), 0.0).items()}
     with torch.no_grad():
         scores, labels = recipe.logits(model, batch, data.mask(batch))
