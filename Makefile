@@ -33,7 +33,9 @@ minimal: constraints.txt
 	.venv-minimal/bin/python scripts/import_all.py
 
 bench: $(VENV)/.ready
-	$(BIN)/kvilt bench ttft --out benchmarks
+	$(BIN)/kvilt bench ttft --out benchmarks --keep build/caches
+	$(BIN)/kvilt bench ttft --out benchmarks/floor --keep build/caches --repeats 5 \
+		--strategy block --strategy kv_packet:wrapper=WRAPPER --strategy kvlink:links=5
 	$(BIN)/kvilt bench decode --out benchmarks
 	$(BIN)/kvilt bench encode --out benchmarks
 	$(BIN)/kvilt bench memory --out benchmarks

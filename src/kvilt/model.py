@@ -18,6 +18,8 @@ from kvilt.plan import Dense, Plan
 from kvilt.rope import rope_of
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, TensorLayers, digest_of
 
+OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
+
 
 class Model:
     """Wraps a causal language model of transformers.
@@ -139,7 +141,7 @@ class Model:
         """Compute a plan in one pass: logits of the last token (vocab,) float32, and the cache to decode with.
 
         `room` rows are kept free for the answer. `overlap` loads layers from a second thread, ahead of the pass
-        (default: on CUDA)."""
+        (default: on CUDA, and where there is much to load)."""
         placed = self._placed(plan, room, overlap)
         try:
             logits = self.forward(plan, placed, logits_to_keep=1)[0, -1].float()
@@ -196,7 +198,8 @@ class Model:
 
     def _placed(self, plan: Plan, room: int, overlap: bool | None) -> PlacedCache:
         placed = PlacedCache(plan, self.pool.take(len(plan.positions) + room), self.rope)
-        if placed.pieces and (overlap if overlap is not None else self.shape.device.type == "cuda"):
+        worth = self.shape.device.type == "cuda" or placed.bytes_loaded >= OVERLAP_BYTES
+        if placed.pieces and (worth if overlap is None else overlap):
             placed.load_ahead()
         return placed
 
