@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from builtin_data import Encoder, Mix, collate, mask, rows, snippets
+from builtin_data import Encoder, Mix, collate, mask, rows
 from builtin_eval import accuracy, logits, samples, table
 from builtin_init import build_in
 from builtin_optim import optimizers
@@ -26,8 +26,6 @@ from kvilt.builtin.samples import Sample
 
 SEED = 1
 LENGTH = 512
-# Copying warm-up: symbols and tokens per row, for equal shares of its steps.
-LEVELS = [(300, 64), (300, 128), (60, 256), (20, 256), (10, 256), (6, 256)]
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,10 @@ class Plan:
     """How long every part of the training takes, in steps."""
 
     rows: int = 8
-    warmup: int = 120
-    few: int = 700  # steps with few people in whole biographies, until names are bound to values
-    grow: int = 1000  # steps in which contexts grow to nine pages, cut biographies and similar names
-    total: int = 4500
-    decay: float = 0.4  # share of the steps in which the learning rate falls to zero
+    few: int = 500  # steps with few people in whole biographies, until names are bound to values
+    grow: int = 700  # steps in which contexts grow to nine pages, cut biographies and similar names
+    total: int = 3000
+    decay: float = 0.5  # share of the steps in which the learning rate falls to zero
     layers: int = 5
     width: int = 128
     heads: int = 4
@@ -52,10 +49,10 @@ class Plan:
 
     def mix(self, step: int) -> Mix:
         """What the rows of a step contain."""
-        if step < self.warmup + self.few:
+        if step < self.few:
             return Mix(3, 5, Shape(chunked=0.0, similar=0.0), 0.1, 0.1)
-        grown = min(1.0, (step - self.warmup - self.few) / self.grow)
-        return Mix(3, 5 + round(4 * grown), Shape(0.6 * grown, 3, 0.35 * grown), 0.2, 0.25)
+        grown = min(1.0, (step - self.few) / self.grow)
+        return Mix(3, 5 + round(4 * grown), Shape(0.6 * grown, 3, 0.35 * grown), 0.25, 0.3)
 
 
 def make(plan: Plan, vocabulary: int, marks: tuple[list[int], list[int]]) -> LlamaForCausalLM:
@@ -93,17 +90,8 @@ class Source:
     def batch(self, step: int) -> dict[str, Tensor]:
         """Token tensors of one step."""
         rng = random.Random(SEED * 1_000_003 + step)
-        if step < self.plan.warmup:
-            return self.copying(random.Random(step), step / self.plan.warmup)
         made = rows(self.encoder, rng, self.plan.mix(step), self.stories, self.plan.rows, LENGTH)
         return collate(made, LENGTH, 0)
-
-    def copying(self, rng: random.Random, progress: float) -> dict[str, Tensor]:
-        """A batch of repeated snippets over the symbols of the current level."""
-        size, length = LEVELS[int(progress * len(LEVELS))]
-        # Always the same symbols: with a set drawn anew each step nothing was learnt in 100 steps.
-        symbols = random.Random(SEED).sample(range(400, len(self.encoder.tokenizer)), LEVELS[0][0])[:size]
-        return collate(snippets(rng, symbols, 4096 // length, length), length, 0)
 
 
 _source: Source | None = None
@@ -165,11 +153,11 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def step(self, step: int, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """One update; returns loss and how often the first token of a value is right (of any token, in the warm-up)."""
+        """One update; returns loss and how often the first token of a value is right."""
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * self.plan.rate(step)
             optimizer.zero_grad()
-        self.model.model = self.compiled if step >= self.plan.warmup else self.inner
+        self.model.model = self.compiled
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores, labels = logits(self.model, batch, mask(batch))
         self.model.model = self.inner
@@ -182,7 +170,6 @@ class Trainer:
             optimizer.step()
         first = (batch["value"] == 1) & (batch["value"].roll(1, 1) == 0)
         values = first[batch["label"] != -100]
-        values = values if values.any() else torch.ones_like(values)
         return loss.item(), (scores.argmax(-1) == labels)[values].float().mean().item()
 
     def evaluate(self, tests: list[Sample]) -> str:
@@ -202,7 +189,7 @@ class Trainer:
                 began, spent = time.time(), []
             if (step + 1) % 250 == 0:
                 self.save(step + 1)
-            if (step + 1) % every == 0 and step >= self.plan.warmup:
+            if (step + 1) % every == 0:
                 print(self.evaluate(tests), flush=True)
                 began = time.time()
 
@@ -215,7 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile the model first (needs a C++ compiler)")
     parser.add_argument("--every", type=int, default=500, help="steps between evaluations")
-    for name in ("rows", "warmup", "few", "grow", "total", "layers", "width", "heads", "inner"):
+    for name in ("rows", "few", "grow", "total", "layers", "width", "heads", "inner"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plan, name))
     return parser.parse_args()
 
@@ -228,7 +215,7 @@ def main() -> None:
     learnt = babi.load(args.babi, "train") if args.babi else []
     asked = babi.load(args.babi, "test") if args.babi else []
     encoder = Encoder(obtain(args.out, SEED, learnt[:2000]))
-    names = ("rows", "warmup", "few", "grow", "total", "layers", "width", "heads", "inner")
+    names = ("rows", "few", "grow", "total", "layers", "width", "heads", "inner")
     plan = Plan(**{name: getattr(args, name) for name in names})
     trainer = Trainer(args.out, plan, encoder, args.compile)
     print(f"{trainer.model.num_parameters():,} parameters, {len(encoder.tokenizer)} tokens", flush=True)

@@ -144,26 +144,6 @@ def rows(encoder: Encoder, rng: random.Random, mix: Mix, babi: list[Sample], cou
     return made
 
 
-def snippets(rng: random.Random, alphabet: list[int], count: int, length: int) -> list[Row]:
-    """Copying warm-up: snippets repeated in another order, labelled from their fourth token on."""
-    made = []
-    for _ in range(count):
-        row = Row()
-        symbols = rng.sample(alphabet[:], len(alphabet))
-        pieces: list[list[int]] = []
-        while sum(map(len, pieces)) * 2 < length - 27:
-            pieces.append([rng.choice(symbols) for _ in range(rng.randint(7, 13))])
-        again = rng.sample(pieces, len(pieces))
-        row.add([token for piece in pieces + again for token in piece], 0, 0, 0, 0)
-        place = sum(map(len, pieces))
-        for piece in again:
-            for k in range(3, len(piece)):
-                row.label[place + k - 1] = piece[k]
-            place += len(piece)
-        made.append(row)
-    return made
-
-
 def collate(made: list[Row], length: int, pad: int) -> dict[str, Tensor]:
     """Stack rows into int64 tensors [rows, length]."""
     empty = {"ids": pad, "sample": -1, "label": IGNORE, "question": -1}

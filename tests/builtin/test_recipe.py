@@ -19,7 +19,7 @@ from builtin_optim import orthogonal
 import builtin as recipe
 from kvilt.builtin import contexts
 
-TINY = recipe.Plan(rows=2, warmup=4, few=1, grow=4, total=8, layers=4, width=64, heads=4, inner=64)
+TINY = recipe.Plan(rows=2, few=1, grow=4, total=8, layers=4, width=64, heads=4, inner=64)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +96,15 @@ def test_orthogonal_has_unit_singular_values() -> None:
     assert values.max() < 1.4
 
 
-def test_copying_is_there_from_the_first_step(encoder: data.Encoder) -> None:
-    plan = recipe.Plan(layers=4, width=128, heads=4, inner=64, warmup=10)
+def test_built_in_heads_find_what_followed(encoder: data.Encoder) -> None:
+    plan = recipe.Plan(layers=4, inner=64)
     model = recipe.make(plan, len(encoder.tokenizer), encoder.marks())
-    batch = {name: part[:8] for name, part in recipe.Source(encoder, plan, []).copying(random.Random(0), 0.0).items()}
+    torch.manual_seed(0)
+    piece = torch.randint(500, len(encoder.tokenizer), (16, 12))
+    ids = torch.cat([piece, piece], 1)
     with torch.no_grad():
-        scores, labels = recipe.logits(model, batch, data.mask(batch))
-    assert (scores.argmax(-1) == labels).float().mean() > 0.1
+        scores = model(input_ids=ids).logits[:, 14:-1]
+    assert (scores.argmax(-1) == ids[:, 15:]).float().mean() > 0.05  # by chance: 0.0005
 
 
 def test_killed_and_resumed_equals_uninterrupted(encoder: data.Encoder, tmp_path: Path) -> None:
