@@ -64,7 +64,7 @@ def main() -> None:
             )
             parts.append(f'<text x="{x + width / 2}" y="{y + 19}" text-anchor="middle">{label}</text>' if label else "")
             x += width
-    x = 90
+    x = 16
     for kind, label in LEGEND:
         parts.append(
             f'<rect x="{x}" y="200" width="12" height="12" fill="{COLOURS[kind]}"/><text x="{x + 17}" y="210">{label}</text>'
@@ -72,8 +72,8 @@ def main() -> None:
         x += 34 + 6.4 * len(label)
     body = "\n".join(p for p in parts if p)
     style = 'font-family="sans-serif" font-size="12"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 224" {style}>'
-    svg = f'{head}\n<rect width="780" height="224" fill="white"/>\n{body}\n</svg>\n'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 224" {style}>'
+    svg = f'{head}\n<rect width="800" height="224" fill="white"/>\n{body}\n</svg>\n'
     Path(__file__).parent.parent.joinpath("docs", "plan.svg").write_text(svg)
 
 
