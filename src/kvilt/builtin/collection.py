@@ -37,7 +37,7 @@ class Asked(TypedDict):
 ORDERS = 7  # in how many orders of its pages a group is asked about
 
 
-def make(groups: int = 65, tales: int = 25, per_kind: int = 500, seed: int = SEED) -> tuple[list[Paper], list[Asked]]:
+def make(groups: int = 75, tales: int = 25, per_kind: int = 500, seed: int = SEED) -> tuple[list[Paper], list[Asked]]:
     """Documents in groups that belong together, and up to `per_kind` questions of every kind, all of the test split."""
     rng = random.Random(seed)
     papers: dict[Page, Paper] = {}
