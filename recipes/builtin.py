@@ -221,7 +221,7 @@ def main() -> None:
     print(f"{trainer.model.num_parameters():,} parameters, {len(encoder.tokenizer)} tokens", flush=True)
     few = samples(SEED + 1, 60) + random.Random(SEED).sample(asked, min(len(asked), 60))
     trainer.run(Source(encoder, plan, learnt), few, args.every)
-    print(trainer.evaluate(samples(SEED + 2, 400) + asked[::8]), flush=True)
+    print(trainer.evaluate(samples(SEED + 2, 400) + asked), flush=True)
     trainer.model.generation_config.update(do_sample=False, max_new_tokens=48)
     trainer.model.save_pretrained(args.out / "model")
     encoder.tokenizer.save_pretrained(args.out / "model")
