@@ -62,3 +62,11 @@ def sink_tokens(sink: str, info: ModelInfo) -> tuple[int, ...]:
 def begin(prompt: Prompt) -> Layout:
     """A layout that starts with the system part."""
     return Layout(prompt).reuse(prompt.system, name="system")
+
+
+def reuse_all(prompt: Prompt) -> Layout:
+    """System part and every document reused, one after the other: the plan of every method that recomputes nothing."""
+    layout = begin(prompt)
+    for document in prompt.documents:
+        layout.reuse(document)
+    return layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvilt.plan import Plan
-from kvilt.strategies.base import Plain, Probe, begin
+from kvilt.strategies.base import Plain, Probe, reuse_all
 from kvilt.types import Prompt
 
 
@@ -15,7 +15,4 @@ class BlockAttention(Plain):
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """System and documents are reused, the question is computed."""
-        layout = begin(prompt)
-        for document in prompt.documents:
-            layout.reuse(document)
-        return layout.ask().plan()
+        return reuse_all(prompt).ask().plan()

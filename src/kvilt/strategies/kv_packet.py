@@ -7,7 +7,7 @@ from typing import Self
 
 from kvilt.errors import SpecError
 from kvilt.plan import Plan
-from kvilt.strategies.base import Probe, Strategy, begin
+from kvilt.strategies.base import Probe, Strategy, reuse_all
 from kvilt.types import ModelInfo, Prompt
 from kvilt.wrapper import Wrapper
 
@@ -30,7 +30,4 @@ class KVPacket(Strategy):
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """System and packets are reused, the question is computed."""
-        layout = begin(prompt)
-        for document in prompt.documents:
-            layout.reuse(document)
-        return layout.ask().plan(learned=self.encoding.learned if self.encoding else None)
+        return reuse_all(prompt).ask().plan(learned=self.encoding.learned if self.encoding else None)
