@@ -35,7 +35,7 @@ class Plan:
     rows: int = 8
     few: int = 500  # steps with few people in whole biographies, until names are bound to values
     grow: int = 700  # steps in which contexts grow to nine pages, cut biographies and similar names
-    total: int = 4000
+    total: int = 6000
     decay: float = 0.6  # share of the steps in which the learning rate falls to zero
     layers: int = 5
     width: int = 128

@@ -19,6 +19,7 @@ from kvilt.loading import load_model
 from kvilt.model import Model
 from kvilt.placed import PlacedCache
 from kvilt.plan import Plan, Segment
+from kvilt.probe import ModelProbe
 from kvilt.stores.base import CacheStore
 from kvilt.strategies.base import Strategy
 from kvilt.streaming import stream
@@ -168,6 +169,12 @@ class Engine:
         """The plan of a prompt, with its caches fetched or made."""
         return self._ready(question, documents, Clock(), False, set()).plan
 
+    def planned(self, prompt: Prompt) -> Plan:
+        """The strategy's plan of a prompt, charged with what its probes have cost."""
+        probe = ModelProbe(self.model, self.info)
+        plan = self.strategy.plan(prompt, probe)
+        return replace(plan, overhead=plan.overhead + probe.charged)
+
     def _ready(
         self, question: str, documents: Sequence[Document], clock: Clock, allow_empty: bool, refused: set[str]
     ) -> Ready:
@@ -180,7 +187,7 @@ class Engine:
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
         prompt = Prompt(system, tuple(caches), asked, names)
-        plan = self.strategy.plan(prompt, self.model.probe)
+        plan = self.planned(prompt)
         clock.lap("plan")
         stored = sum(c.layers is not None for c in caches)
         return Ready(prompt, plan, hits, stored - hits)

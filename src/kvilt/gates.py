@@ -114,7 +114,7 @@ def first_layer(case: Case) -> float:
 
 def recompute_all(case: Case) -> float:
     """The strategy's plan with every token computed equals full prefill of the same tokens."""
-    plan = _all_fresh(case.engine.strategy.plan(case.prompt(), case.model.probe))
+    plan = _all_fresh(case.engine.planned(case.prompt()))
     tokens = torch.cat([s.tokens for s in plan.segments])
     if not bool((plan.positions.diff() == 1).all()):  # gaps or shared positions: full prefill at the same positions
         return deviation(case.model.run(plan)[0], case.model.dense(plan.dense(), plan.learned)[-1])
@@ -138,7 +138,7 @@ def twice(case: Case) -> float:
     pair = Case(case.engine, [case.documents[0], case.documents[0]], case.question)
     prompt = pair.prompt()
     names = (prompt.names[0],) * 2 if prompt.names else ()
-    plan = case.engine.strategy.plan(replace(prompt, names=names), case.model.probe)
+    plan = case.engine.planned(replace(prompt, names=names))
     return _against_dense(case.model, plan)
 
 
@@ -168,7 +168,7 @@ def again(case: Case) -> float:
 
 def dense(case: Case) -> float:
     """The cached path equals one dense pass under the plan's mask."""
-    return _against_dense(case.model, case.engine.strategy.plan(case.prompt(), case.model.probe))
+    return _against_dense(case.model, case.engine.planned(case.prompt()))
 
 
 def _against_dense(model: Model, plan: Plan) -> float:

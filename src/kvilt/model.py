@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import Cache
 
 from kvilt import attention, identity, proof, support
 from kvilt.errors import ModelError
-from kvilt.placed import BufferPool, PlacedCache, Shape, StopAtLayer
+from kvilt.placed import BufferPool, PlacedCache, Shape
 from kvilt.plan import Dense, Plan
 from kvilt.rope import rope_of
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, TensorLayers, digest_of
@@ -68,6 +67,7 @@ class Model:
             vocab_size=vocabulary,
             num_layers=config.num_hidden_layers,
             linear_cost=support.linear_cost(config, matrices),
+            projection_share=support.projection_share(config, matrices),
             embedding_stats=self._embedding_stats,
             **more,
         )
@@ -159,21 +159,6 @@ class Model:
             return self.forward(plan, placed, logits_to_keep=last)[0].float()
         finally:
             self._drop(placed)
-
-    @torch.no_grad()
-    def probe(self, plan: Plan, layers: int) -> list[DocumentCache]:
-        """What the lowest layers hold for each segment when the plan is run; the pass stops there."""
-        layers = min(layers, self.shape.layers)
-        placed = PlacedCache(plan, self.pool.take(len(plan.positions)), self.rope, stop=layers)
-        try:
-            with suppress(StopAtLayer):
-                self.forward(plan, placed, logits_to_keep=1)
-            return [
-                placed.seen(s, base, layers, self.key(s.tokens, Encoding(), f"probe of {layers} layers"))
-                for s, base in zip(plan.segments, plan.bases, strict=True)
-            ]
-        finally:
-            self.pool.give(placed.buffer)
 
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:

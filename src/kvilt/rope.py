@@ -33,7 +33,10 @@ class Rope:
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a rope lives as long as its model)
     def angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of a move by `by` positions, (rotary_dim / 2,) float32."""
-        angle = self.inv_freq * by
+        return self._angles(torch.tensor(by), device)
+
+    def _angles(self, by: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        angle = by.cpu()[..., None] * self.inv_freq
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
     def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +46,12 @@ class Rope:
             return keys[..., : 2 * half : 2], keys[..., 1 : 2 * half : 2]
         return keys[..., :half], keys[..., half : 2 * half]
 
-    def move(self, keys: Tensor, by: int, out: Tensor | None = None) -> Tensor:
+    def move(self, keys: Tensor, by: int | Tensor, out: Tensor | None = None) -> Tensor:
         """Keys (..., head_dim) moved by `by` positions, computed in float32 and rounded once, written into `out` if given.
 
-        `out` must not overlap `keys`."""
+        `by` may differ from row to row: int64 (rows,) for keys (..., rows, head_dim). `out` must not overlap `keys`."""
         out = torch.empty_like(keys) if out is None else out
-        if by == 0:
+        if isinstance(by, int) and by == 0:
             return out.copy_(keys)
         if keys.dtype != torch.float32:  # half precision: rotate a float32 copy, round when it is written
             return out.copy_(self._rotate(keys.float(), torch.empty_like(keys, dtype=torch.float32), by))
@@ -56,8 +59,8 @@ class Rope:
             return out.copy_(self._rotate(keys, torch.empty_like(keys), by))
         return self._rotate(keys, out, by)
 
-    def _rotate(self, keys: Tensor, out: Tensor, by: int) -> Tensor:
-        cos, sin = self.angles(by, keys.device)
+    def _rotate(self, keys: Tensor, out: Tensor, by: int | Tensor) -> Tensor:
+        cos, sin = self.angles(by, keys.device) if isinstance(by, int) else self._angles(by, keys.device)
         (a, b), (x, y) = self.pairs(keys), self.pairs(out)
         torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=y).addcmul_(a, sin)

@@ -97,3 +97,12 @@ def linear_cost(config: Any, parameters_per_layer: int) -> float:
     """FLOPs of one token's matrices in a layer, in units of the FLOPs of attending to one key (4 * heads * head_dim)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return float(2 * parameters_per_layer / (4 * config.num_attention_heads * head_dim))
+
+
+def projection_share(config: Any, parameters_per_layer: int) -> float:
+    """Share of a layer's matrices that make queries, keys and values."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads + 2 * (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    return float(heads * head_dim * config.hidden_size / parameters_per_layer)

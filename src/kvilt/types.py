@@ -162,6 +162,7 @@ class ModelInfo:
     vocab_size: int
     num_layers: int
     linear_cost: float  # FLOPs of a token's matrices / FLOPs of attending to one key
+    projection_share: float = 0.0  # share of a layer's matrices that make queries, keys and values
     system: tuple[int, ...] = ()  # the tokens in front of the documents
     sink: int | None = None  # BOS, or what serves as one
     reserved: tuple[int, ...] = ()  # reserved special tokens of the tokenizer, in order

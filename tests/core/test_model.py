@@ -250,38 +250,6 @@ def test_a_buffer_goes_back_only_when_nothing_loads_into_it() -> None:
     assert not [t for t in threading.enumerate() if t.name == "kvilt-loader"]
 
 
-# --- probing ---
-
-
-def test_a_probe_holds_what_a_full_run_holds_and_stops_there(model: Model) -> None:
-    """Danger: probing costs a whole pass, or shows other keys than the plan will have."""
-    layers: list[int] = []
-    blocks = next(m for m in model.hf.modules() if isinstance(m, torch.nn.ModuleList))
-    hooks = [b.register_forward_pre_hook(lambda *_, i=i: layers.append(i)) for i, b in enumerate(blocks)]
-    plan = layout(Q).reuse(cache_of(model, ids(6, 1)), at=3).compute(ids(4, 2)).ask().plan()
-    layers.clear()
-    seen = model.probe(plan, 2)
-    for hook in hooks:
-        hook.remove()
-    assert layers == [0, 1]
-    _, placed = model.run(plan)
-    for segment, base, found in zip(plan.segments, plan.bases, seen, strict=True):
-        rows = slice(base, base + segment.length)
-        assert found.length == segment.length
-        assert len(held(found).keys) == 2
-        for layer in range(2):
-            back = model.rope.move(placed.buffer[layer, 0, :, rows], -segment.start)
-            assert off(held(found).keys[layer], back) < 1e-6
-            assert off(held(found).values[layer], placed.buffer[layer, 1, :, rows]) < 1e-6
-
-
-def test_a_probe_of_more_layers_than_there_are_sees_all_of_them() -> None:
-    """Danger: a strategy tuned on a deep model crashes on a shallow one."""
-    model = zoo.model_of("llama")
-    seen = model.probe(layout(Q).reuse(cache_of(model, ids(6, 1))).ask().plan(), 99)
-    assert [held(c).shape[0] for c in seen] == [4, 4]
-
-
 # --- precision and threads ---
 
 

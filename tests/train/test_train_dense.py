@@ -126,7 +126,7 @@ def test_additive_mask():
 def test_probing_strategies_cannot_be_trained(engine):
     class Probing(KVPacket):
         def plan(self, prompt, probe):
-            probe(FULL.plan(prompt, probe), 1)
+            probe.layers(FULL.plan(prompt, probe), 1)
 
     with pytest.raises(TrainError, match="probes"):
         parts_of(engine.text, kit.samples(1)[0]).plan(Probing().holding(wrapper()))

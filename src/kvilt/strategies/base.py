@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Protocol, Self
+
+from torch import Tensor
 
 from kvilt.errors import SpecError
 from kvilt.plan import Layout, Plan
 from kvilt.types import DocumentCache, Encoding, ModelInfo, Prompt
 
-Probe = Callable[[Plan, int], list[DocumentCache]]  # run a plan's lowest layers: what they hold for each segment
+
+class Probe(Protocol):
+    """What a strategy may look at before it decides. What it looks at is charged to the answer."""
+
+    def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
+        """What the lowest `count` layers hold for each of a plan's segments, keys moved back to position 0."""
+
+    def attention(
+        self, plan: Plan, layers: Sequence[int], pool: Literal["mean", "max", "norm"] = "mean", last: int | None = None
+    ) -> Tensor:
+        """Attention that each row of a plan gets from its last `last` computed tokens (default: all), (layers, rows)."""
+
+    def queries(self, plan: Plan, layers: Sequence[int]) -> list[Tensor]:
+        """A plan's computed tokens' queries in some layers, moved to position 0, (heads, computed, head_dim) each."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class Strategy:
         return self
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
-        """Decide what is reused, what is computed and where it stands. `probe` may look at the lowest layers first."""
+        """Decide what is reused, what is computed and where it stands; `probe` runs plans in part, to look first."""
         raise NotImplementedError
 
 

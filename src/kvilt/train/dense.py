@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,15 +81,20 @@ class Parts:
 
     def plan(self, strategy: Strategy) -> Plan:
         """The plan that serves this sample. Raises TrainError for strategies that must look at the model first."""
-        return strategy.plan(self.prompt(strategy), _no_probe)
+        return strategy.plan(self.prompt(strategy), NoProbe())
 
 
 def _bare(ids: Tensor) -> DocumentCache:
     return DocumentCache(ids, torch.arange(len(ids)), len(ids), NOWHERE)
 
 
-def _no_probe(plan: Plan, layers: int) -> list[DocumentCache]:
-    raise TrainError("a strategy that probes the model has no fixed mask to train under.")
+class NoProbe:
+    """Refuses to look: what is trained is a fixed plan."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TrainError("a strategy that probes the model has no fixed mask to train under.")
+
+    layers = attention = queries = _refuse
 
 
 def parts_of(text: TextFormat, sample: Sample) -> Parts:

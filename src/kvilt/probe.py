@@ -1,0 +1,97 @@
+"""What a strategy may look at before it decides, and what looking has cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvilt.attention import Hook, using, weights
+from kvilt.model import Model
+from kvilt.placed import PlacedCache, StopAtLayer
+from kvilt.plan import Plan
+from kvilt.types import DocumentCache, Encoding, ModelInfo
+
+Pool = Literal["mean", "max", "norm"]
+CHUNK = 64  # computed tokens whose attention is held at a time
+Look = Callable[[int, Tensor, Tensor, Tensor | None, float | None], Tensor]  # layer, query, key, mask, scale
+
+
+class ModelProbe:
+    """Runs plans in part for a strategy. `charged` adds up what that took, in units of full recompute.
+
+    A pass stops in the highest layer asked for, once that layer's keys and values (`layers`) or its attention are there."""
+
+    def __init__(self, model: Model, info: ModelInfo) -> None:
+        self.model, self.info, self.charged = model, info, 0.0
+
+    def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
+        """What the lowest `count` layers hold for each of the plan's segments, keys moved back to position 0."""
+        count = min(count, self.info.num_layers)
+        with torch.no_grad():
+            placed = self._run(plan, count - 1, None, stop=count)
+            key = self.model.key(plan.computed_tokens, Encoding(), f"probe of {count} layers")
+            return [placed.seen(s, base, count, key) for s, base in zip(plan.segments, plan.bases, strict=True)]
+
+    def attention(self, plan: Plan, layers: Sequence[int], pool: Pool = "mean", last: int | None = None) -> Tensor:
+        """How much attention every row of the plan gets in some layers, (layers, rows) float32.
+
+        Of the last `last` computed tokens (default: all), pooled over them and the heads: "mean", "max", or "norm", the
+        L2 norm over tokens of the mean over heads."""
+
+        def look(_: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+            return received(query, key, mask, scaling, pool, last)
+
+        return torch.stack(self._watch(plan, layers, look))
+
+    def queries(self, plan: Plan, layers: Sequence[int]) -> list[Tensor]:
+        """The plan's computed tokens' queries in some layers, moved to position 0, (heads, computed, head_dim) each."""
+        back = -plan.positions[plan.computed_rows]
+        return self._watch(plan, layers, lambda _, query, *__: self.model.rope.move(query[0].cpu(), back))
+
+    def _watch(self, plan: Plan, layers: Sequence[int], look: Look) -> list[Tensor]:
+        wanted = sorted({layer % self.info.num_layers for layer in layers})
+        found: dict[int, Tensor] = {}
+
+        def hook(layer: int, query: Tensor, key: Tensor, _: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+            if layer in wanted:
+                found[layer] = look(layer, query, key, mask, scaling).cpu()
+            if layer == wanted[-1]:
+                raise StopAtLayer
+
+        with torch.no_grad():
+            self._run(plan, wanted[-1], hook)
+        return [found[layer] for layer in wanted]
+
+    def _run(self, plan: Plan, top: int, hook: Hook | None, stop: int | None = None) -> PlacedCache:
+        """Run a plan up to the queries, keys and values of layer `top`."""
+        self.charged += plan.charged(self.info.linear_cost) * (top + self.info.projection_share) / self.info.num_layers
+        placed = PlacedCache(plan, self.model.pool.take(len(plan.positions)), self.model.rope, stop=stop)
+        try:
+            with suppress(StopAtLayer), using(hook):
+                self.model.forward(plan, placed, logits_to_keep=1)
+        finally:
+            self.model.pool.give(placed.buffer)
+        return placed
+
+
+def received(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, pool: Pool, last: int | None = None
+) -> Tensor:
+    """Attention that every row gets from the last `last` computed tokens, pooled as `ModelProbe.attention` says, (rows,)."""
+    computed, rows = query.shape[2], key.shape[2]
+    count = computed if last is None else min(last, computed)
+    out = torch.zeros(rows, device=query.device)
+    for first in range(computed - count, computed, CHUNK):
+        end = min(first + CHUNK, computed)
+        seen = key if mask is not None else key[:, :, : rows - computed + end]
+        part = weights(query[:, :, first:end], seen, None if mask is None else mask[..., first:end, :], scaling)
+        width = part.shape[-1]
+        if pool == "max":
+            out[:width] = torch.maximum(out[:width], part.amax((0, 1)))
+        else:
+            out[:width] += part.mean(0).square().sum(0) if pool == "norm" else part.mean(0).sum(0) / count
+    return out.sqrt() if pool == "norm" else out
