@@ -1,0 +1,82 @@
+"""Training rows for the built-in model's methods: `python recipes/builtin_rows.py --out DIR [--babi FOLDER]`.
+
+Writes biography.jsonl, stories.jsonl and babi.jsonl as `kvilt train` reads them, all of the training split."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvilt.builtin import babi, contexts, stories
+from kvilt.builtin.samples import Question, Sample
+
+SEED = 77  # the base model's own training draws from other seeds
+PAGES = 18  # documents of a sample at most: as many slots as the tokenizer's reserved tokens give five links each
+
+
+def row(sample: Sample, question: Question) -> dict[str, Any]:
+    """One JSON line; the order of the pages carries meaning, since chunks refer to what stands before them."""
+    pages = [{"title": p.title, "text": p.text} if p.title else p.text for p in sample.pages[: question.after]]
+    return {
+        "documents": pages,
+        "question": question.text,
+        "answers": [question.answer],
+        "ordered": True,
+        "split": "train",
+    }
+
+
+def biographies(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Biographies and companies in contexts of three to nine pages, as many questions of each kind."""
+    for _ in range(count):
+        sample = contexts.build(rng, "train", rng.randint(3, 9))
+        kinds: dict[str, list[Question]] = defaultdict(list)
+        for question in sample.questions:
+            kinds[question.kind].append(question)
+        if kinds and len(sample.pages) <= PAGES:
+            yield row(sample, rng.choice(kinds[rng.choice(sorted(kinds))]))
+
+
+def tales(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Stories in which states change."""
+    for _ in range(count):
+        sample = stories.build(rng, "train", rng.randint(2, 10))
+        if sample.questions:
+            yield row(sample, rng.choice(sample.questions))
+
+
+def statements(rng: random.Random, count: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Questions of the six bAbI tasks, as many of each, the story cut anew."""
+    per_task = {task: babi.load(folder, "train", rng.randrange(2**30), (task,)) for task in babi.TASKS}
+    for index in range(count):
+        sample = rng.choice(per_task[babi.TASKS[index % len(babi.TASKS)]])
+        question = rng.choice(sample.questions)
+        if question.after <= PAGES:
+            yield row(sample, question)
+
+
+def main() -> None:
+    """Write the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--babi", type=Path, help="folder with bAbI en-10k")
+    parser.add_argument("--count", type=int, default=6000, help="rows of a file at most")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+    files = {"biography": biographies(rng, args.count), "stories": tales(rng, args.count)}
+    if args.babi:
+        files["babi"] = statements(rng, args.count, args.babi)
+    for name, rows in files.items():
+        text = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in rows)
+        (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{name}.jsonl: {text.count(chr(10))} rows")
+
+
+if __name__ == "__main__":
+    main()

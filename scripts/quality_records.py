@@ -1,0 +1,101 @@
+"""Sum up evaluation records: `python scripts/quality_records.py RECORDS... --out benchmarks/quality.json`.
+
+Every folder of RECORDS is named like the model it was made with; the first one's full recompute is what all others are
+compared with, sample by sample."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import transformers
+
+import kvilt
+from kvilt.evaluate.bootstrap import difference, interval
+from kvilt.evaluate.fidelity import same_text
+from kvilt.evaluate.records import read
+
+Record = dict[str, Any]
+
+
+def kind_of(record: Record) -> str:
+    """The column a record belongs to."""
+    kind = record["metadata"]["kind"]
+    return f"babi_{kind}" if isinstance(kind, int) else str(kind)
+
+
+def lanes(folder: Path) -> Iterator[tuple[str, str, list[Record]]]:
+    """(role, strategy, records of all tasks together) of a folder."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        header, records = read(file)
+        found.setdefault((header["role"], header["name"]), []).extend(records)
+    for (role, name), records in found.items():
+        yield role, name, records
+
+
+def pairs(records: Sequence[Record]) -> list[tuple[float, float]]:
+    """Right or not: the answer holds the value, as whole words."""
+    metric = "word_accuracy" if "word_accuracy" in records[0]["metrics"] else "accuracy"
+    return [tuple(record["metrics"][metric]) for record in records]
+
+
+def cell(records: Sequence[Record], full: dict[str, Record]) -> Record:
+    """The figures of one strategy on one kind of question."""
+    groups = [record["group"] for record in records]
+    theirs = [full[record["id"]] for record in records]
+    score, gap = interval(pairs(records), groups), difference(pairs(records), pairs(theirs), groups)
+    reference = interval(pairs(theirs), groups).value
+    usage = [record["usage"] for record in records]
+    distances = [record["kl"] for record in records if record["kl"] is not None]
+    return {
+        "n": len(records),
+        "accuracy": [round(100 * value, 2) for value in score],
+        "minus_full": [round(100 * value, 2) for value in gap],
+        "of_full": round(100 * score.value / reference, 2) if reference else None,
+        "agreement": round(
+            100 * fmean(same_text(a["text"], b["text"]) for a, b in zip(records, theirs, strict=True)), 2
+        ),
+        "kl": round(fmean(distances), 4) if distances else None,
+        "charged": round(fmean(u["charged"] for u in usage), 4),
+        "computed": round(fmean(u["computed_tokens"] for u in usage), 1),
+        "kb_loaded": round(fmean(u["bytes_loaded"] for u in usage) / 1000, 1),
+        "ttft_ms": round(1000 * median(u["ttft_s"] for u in usage), 2),
+    }
+
+
+def summary(folders: Sequence[Path]) -> Iterator[Record]:
+    """One record per model, strategy and kind of question."""
+    full = {r["id"]: r for role, _, records in lanes(folders[0]) if role == "full" for r in records}
+    for folder in folders:
+        for role, name, records in lanes(folder):
+            for kind in sorted({kind_of(r) for r in records}):
+                mine = [r for r in records if kind_of(r) == kind and r["id"] in full]
+                yield {"model": folder.name, "strategy": name, "role": role, "kind": kind, **cell(mine, full)}
+
+
+def main() -> None:
+    """Write the summary with how it was made."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    made = {
+        "kvilt": kvilt.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
+    args.out.write_text(json.dumps({"made": made, "cells": list(summary(args.records))}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

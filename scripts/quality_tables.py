@@ -1,0 +1,110 @@
+"""Write the figures of quality.json and methods.json into their pages; `--check` fails if they are stale."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+Cell = dict[str, Any]
+ONE, ACROSS = ("one_hop",), ("two_hop", "chunked", "chunked_hop", "state")
+BABI = tuple(f"babi_{task}" for task in (1, 2, 6, 9, 12, 15))
+
+
+def load(name: str) -> list[Cell]:
+    """The cells of a summary."""
+    cells: list[Cell] = json.loads((FOLDER / f"{name}.json").read_text())["cells"]
+    return cells
+
+
+def rows(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
+    """(model, strategy) -> kind -> cell, in the order of the file."""
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell["model"], cell["strategy"]), {})[cell["kind"]] = cell
+    return found
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left-aligned."""
+    marks = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, marks, *lines))
+
+
+def scored(cell: Cell | None) -> str:
+    """Accuracy with its interval."""
+    if cell is None:
+        return ""
+    value, low, high = cell["accuracy"]
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def label(model: str, strategy: str) -> str:
+    """A row's name: the strategy, and the checkpoint where it is not the base model."""
+    name = re.sub(r"wrapper=[^,]*?([\w-]+)/wrapper\.safetensors", r"wrapper=\1", strategy)
+    return f"`{name}`" if model == "builtin" else f"`{name}` on {model}"
+
+
+def accuracies(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
+    """A row per strategy, a column per kind."""
+    found = rows(cells)
+    lines = [[label(*key), *(scored(row.get(kind)) for kind in kinds)] for key, row in found.items()]
+    return table(["strategy", *kinds], [line for line in lines if any(line[1:])])
+
+
+def mean(row: dict[str, Cell], kinds: Sequence[str], key: str) -> float | None:
+    """The mean of a figure over kinds that are all there."""
+    values = [row[kind][key] for kind in kinds if kind in row and row[kind][key] is not None]
+    return sum(values) / len(values) if len(values) == len(kinds) else None
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure, or nothing."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def costs(cells: Sequence[Cell]) -> str:
+    """What strategies keep of full recompute and what they take, over all kinds of the collection."""
+    kinds = ONE + ACROSS
+    lines = []
+    for key, row in rows(cells).items():
+        share = [number(mean(row, group, "of_full")) for group in (ONE, ACROSS, BABI)]
+        rest = [number(mean(row, kinds, name), digits) for name, digits in COSTS]
+        lines.append([label(*key), *share, *rest])
+    head = ["one document, % of full", "across documents, % of full", "bAbI, % of full"]
+    return table(["strategy", *head, "agreement %", "KL", "charged", "computed", "KB loaded"], lines)
+
+
+COSTS = (("agreement", 1), ("kl", 3), ("charged", 3), ("computed", 1), ("kb_loaded", 0))
+SECTIONS: dict[str, dict[str, Callable[[Sequence[Cell]], str]]] = {
+    "quality": {
+        "collection": lambda cells: accuracies(cells, ONE + ACROSS),
+        "babi": lambda cells: accuracies(cells, BABI),
+        "costs": costs,
+    },
+}
+
+
+def main() -> None:
+    """Rewrite, or check, the pages whose summaries are there."""
+    stale = []
+    for name, sections in SECTIONS.items():
+        page, cells = FOLDER / f"{name}.md", load(name)
+        made = text = page.read_text()
+        for section, write in sections.items():
+            mark = rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)"
+            made = re.sub(mark, rf"\g<1>{write(cells)}\n\g<2>", made, flags=re.DOTALL)
+        if made != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(made)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"stale: {', '.join(stale)}; run python scripts/quality_tables.py")
+
+
+if __name__ == "__main__":
+    main()
