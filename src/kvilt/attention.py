@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvilt.errors import ModelError
+from kvilt.plan import ContextScaling, Dense
 
 NAME = "kvilt"
 # (layer, query, key, value, mask, scale) of one attention call, before it is made; what it returns takes the place of
 # the ordinary result (batch, heads, computed, head_dim), None leaves it.
 Hook = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor | None]
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
+SCORES = 1 << 24  # float32 attention scores held at a time where a plan scales its context
 UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
 
@@ -70,25 +73,87 @@ def ordinary(
 
 @contextmanager
 def using(hook: Hook | None) -> Iterator[None]:
-    """Let a hook watch, or take over, the attention of the passes made inside (in this thread)."""
-    token = _hook.set(hook)
+    """Let a hook watch, or take over, the attention of the passes made inside (in this thread).
+
+    Hooks nest: the outer one is asked first, the inner one where that leaves the result."""
+    outer = _hook.get()
+
+    def both(*call: Any) -> Tensor | None:
+        found = outer(*call) if outer else None
+        return hook(*call) if hook and found is None else found
+
+    token = _hook.set(both if outer and hook else hook or outer)
     try:
         yield
     finally:
         _hook.reset(token)
 
 
+def scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """Attention scores of a batch of one before the mask, (kv_heads, heads / kv_heads, computed, rows) float32."""
+    _, heads, computed, dim = query.shape
+    grouped = query[0].view(key.shape[1], heads // key.shape[1], computed, dim).float()
+    return grouped @ key[0].float().transpose(-1, -2)[:, None] * (dim**-0.5 if scaling is None else scaling)
+
+
+def seen(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """What each computed token sees, (computed, rows) bool."""
+    if mask is not None:
+        return mask[0, 0] if mask.dim() == 4 else mask
+    computed, rows = query.shape[2], key.shape[2]
+    last = torch.arange(rows - computed, rows, device=query.device)
+    return torch.arange(rows, device=query.device)[None] <= last[:, None]
+
+
 def weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """What each computed token attends to: probabilities (heads, computed, rows) float32 of a batch of one."""
-    _, heads, computed, dim = query.shape
-    kv_heads, rows = key.shape[1:3]
-    grouped = query[0].view(kv_heads, heads // kv_heads, computed, dim).float()
-    scores = grouped @ key[0].float().transpose(-1, -2)[:, None] * (dim**-0.5 if scaling is None else scaling)
-    if mask is None:
-        last = torch.arange(rows - computed, rows, device=query.device)
-        mask = torch.arange(rows, device=query.device)[None] <= last[:, None]
-    seen = mask[0, 0] if mask.dim() == 4 else mask
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).view(heads, computed, rows)
+    found = scores(query, key, scaling).masked_fill(~seen(mask, query, key), -torch.inf)
+    return found.softmax(-1).flatten(0, 1)
+
+
+def mixed(found: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights (kv_heads, group, computed, rows) over values (1, kv_heads, rows, head_dim): (1, heads, computed, head_dim)."""
+    return (found @ value[0].float()[:, None]).flatten(0, 1)[None].to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TwoPart:
+    """A hook: attention over context rows and over all others, each by itself, merged by their log-sum-exps in float32."""
+
+    scaling: ContextScaling
+    context: Tensor  # bool, at least as many as there are rows
+
+    def __call__(
+        self, _: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> Tensor:
+        allowed, key, values = seen(mask, query, key), key.float(), value.float()
+        size = max(1, SCORES // (query.shape[1] * key.shape[2]))
+        parts = zip(torch.split(query, size, 2), torch.split(allowed, size), strict=True)
+        return torch.cat([mixed(self._weights(scores(q, key, scaling), a), values, query.dtype) for q, a in parts], 2)
+
+    def _weights(self, found: Tensor, allowed: Tensor) -> Tensor:
+        context, t = self.context[: found.shape[-1]], self.scaling.temperature
+        inside = (found / t).masked_fill(~(allowed & context), -torch.inf)
+        outside = found.masked_fill(~(allowed & ~context), -torch.inf)
+        lowest = torch.finfo(torch.float32).min  # of a part in which a token sees nothing
+        sums = [part.logsumexp(-1, keepdim=True).clamp(min=lowest) for part in (inside, outside)]
+        shares = torch.stack([self.scaling.scale * t * sums[0], sums[1]]).softmax(0)
+        return shares[0] * (inside - sums[0]).exp() + shares[1] * (outside - sums[1]).exp()
+
+
+def in_one(dense: Dense) -> Hook | None:
+    """The same as `TwoPart` in another way, for the one pass that it is held to: one softmax over adjusted scores."""
+    if dense.context is None or dense.scaling is None:
+        return None
+    context, t, scale = dense.context, dense.scaling.temperature, dense.scaling.scale
+
+    def hook(_: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+        found, inside = scores(query, key, scaling), context.to(query.device)
+        total = (found / t).masked_fill(~inside, -torch.inf).logsumexp(-1, keepdim=True)
+        found = torch.where(inside, found / t + (scale * t - 1) * total, found)
+        return mixed(found.masked_fill(~seen(mask, query, key), -torch.inf).softmax(-1), value, query.dtype)
+
+    return hook
 
 
 def install(hf: nn.Module) -> None:

@@ -165,19 +165,21 @@ class Model:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
         mask = dense.mask[None, None].to(self.shape.device)
         positions = dense.positions[None].to(self.shape.device)
-        out = self.hf(
-            inputs_embeds=self.embed(dense.tokens, learned)[None],
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=False,
-        )
+        with attention.using(attention.in_one(dense)):
+            out = self.hf(
+                inputs_embeds=self.embed(dense.tokens, learned)[None],
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=False,
+            )
         return torch.as_tensor(out.logits[0, dense.computed]).float()
 
     @torch.no_grad()
     def step(self, token: Tensor, placed: PlacedCache) -> Tensor:
         """Append one token (1, 1) to a placed cache; logits of the next, (1, vocab) float32."""
         position = torch.full((1, 1), placed.position, device=self.shape.device)
-        out = self.hf(input_ids=token, position_ids=position, past_key_values=placed, use_cache=True)
+        with attention.using(placed.attention):
+            out = self.hf(input_ids=token, position_ids=position, past_key_values=placed, use_cache=True)
         placed.advance(1)
         return torch.as_tensor(out.logits[:, -1]).float()
 
@@ -197,14 +199,15 @@ class Model:
         """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab)."""
         rows = plan.computed_rows
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
-        out = self.hf(
-            inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
-            position_ids=plan.positions[rows][None].to(self.shape.device),
-            past_key_values=placed,
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        )
+        with attention.using(placed.attention):
+            out = self.hf(
+                inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
+                position_ids=plan.positions[rows][None].to(self.shape.device),
+                past_key_values=placed,
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            )
         return torch.as_tensor(out.logits)
 
     @property

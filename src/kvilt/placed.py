@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvilt.attention import TwoPart
 from kvilt.plan import Plan, Segment
 from kvilt.rope import Rope
 from kvilt.types import CacheKey, DocumentCache, TensorLayers, Which
@@ -84,7 +85,16 @@ class PlacedCache(Cache):
         first = int(rows[0])
         contiguous = int(rows[-1]) - first + 1 == len(rows)
         self._rows: slice | Tensor = slice(first, first + len(rows)) if contiguous else rows.to(buffer.device)
+        self.attention = self._attention(plan)
         self.pieces = [Piece.of(s, base) for s, base in zip(plan.segments, plan.bases, strict=True) if s.reused.any()]
+
+    def _attention(self, plan: Plan) -> TwoPart | None:
+        """The hook that every pass over this cache needs, decoding included; None for plain attention."""
+        if plan.context is None or plan.context_rows is None:
+            return None
+        context = torch.zeros(self.capacity, dtype=torch.bool)  # appended rows are none of it
+        context[: self.length] = plan.context_rows
+        return TwoPart(plan.context, context.to(self.buffer.device))
 
     @property
     def bytes_loaded(self) -> int:

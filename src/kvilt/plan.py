@@ -52,6 +52,17 @@ class Segment:
         return (self.stored | self.computed).nonzero()[:, 0]
 
 
+@dataclass(frozen=True)
+class ContextScaling:
+    """Computed tokens attend to context rows more or less sharply, and weigh them more or less against all other rows.
+
+    Scores of context rows are divided by `temperature`; their log-sum-exp is multiplied by `scale * temperature` before
+    the two parts are merged. 1 and 1 is plain attention."""
+
+    temperature: float = 1.0
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Dense:
     """A plan as one ordinary forward pass: the definition of right, and what trainers train under."""
@@ -60,6 +71,8 @@ class Dense:
     positions: Tensor  # (rows,) int64, below zero where a dropped prefix stood
     mask: Tensor  # (rows, rows) bool: row may see column
     computed: Tensor  # rows that the plan computes
+    context: Tensor | None = None  # (rows, rows) bool: where `scaling` acts
+    scaling: ContextScaling | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +86,7 @@ class Plan:
     baseline: int  # tokens of the ordinary prompt, which full recompute would compute
     learned: Tensor | None = None  # (vectors, hidden): the learned vectors that negative ids name
     overhead: float = 0.0  # what probing has cost already, in units of full recompute
+    context: ContextScaling | None = None  # of the reused rows of segments named "document"
 
     @property
     def end(self) -> int:
@@ -106,10 +120,18 @@ class Plan:
         return len(self.positions) - len(self.computed_rows)
 
     @functools.cached_property
+    def context_rows(self) -> Tensor | None:
+        """Rows that `context` acts on, (rows,) bool; None where attention is plain."""
+        if self.context in (None, ContextScaling()):
+            return None
+        return torch.cat([s.reused[s.places] & (s.name == "document") for s in self.segments])
+
+    @functools.cached_property
     def is_suffix(self) -> bool:
         """Whether every computed token stands after every reused one, in rows and in position.
 
-        Then ordinary causal attention will do: no mask, any flash kernel, any engine with prefix injection."""
+        Then ordinary causal attention will do: no mask, any flash kernel, any engine with prefix injection (where
+        `context` asks for no other attention)."""
         first = int(self.computed_rows[0])
         reused, computed = self.positions[:first], self.positions[first:]
         in_order = len(computed) == len(self.computed_rows) and bool((computed.diff() > 0).all())
@@ -140,7 +162,9 @@ class Plan:
         order = torch.arange(len(tokens))
         own = encoded[:, None] & encoded[None] & (segment[:, None] == segment[None]) & (order[None] <= order[:, None])
         live = ~encoded[:, None] & shown[None] & (positions[None] <= positions[:, None])
-        return Dense(tokens, positions, own | live, (~encoded).nonzero()[:, 0])
+        documents = torch.tensor([s.name == "document" for s in self.segments])
+        context = live & (encoded & documents[segment])[None] if self.context else None
+        return Dense(tokens, positions, own | live, (~encoded).nonzero()[:, 0], context, self.context)
 
     def dense_mask(self) -> Tensor:
         """The mask of `dense()`, (rows, rows) bool; every row sees itself."""
@@ -192,6 +216,6 @@ class Layout:
         self.at = max(self.at, segment.start + segment.length)
         return self
 
-    def plan(self, learned: Tensor | None = None, overhead: float = 0.0) -> Plan:
+    def plan(self, learned: Tensor | None = None, overhead: float = 0.0, context: ContextScaling | None = None) -> Plan:
         """The finished plan."""
-        return Plan(tuple(self.segments), self.prompt.size, learned, overhead)
+        return Plan(tuple(self.segments), self.prompt.size, learned, overhead, context)

@@ -21,6 +21,7 @@ TABLE: dict[str, dict[str, str]] = {
         "linked_packet": "kvilt.strategies.linked_packet:LinkedPacket",
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
         "epic": "kvilt.strategies.epic:Epic",
+        "ape": "kvilt.strategies.ape:Ape",
     },
     "store": {
         "memory": "kvilt.stores.memory:MemoryStore",

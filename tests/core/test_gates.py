@@ -34,6 +34,8 @@ MATRIX = [
     "epic:tokens=0",
     "epic:tokens=3",
     "epic:tokens=16,sink=system",
+    "ape",
+    "ape:temperature=0.8,scale=0.9",
 ]
 DOCUMENTS = [
     Document("Ada Lorn was born in Tavik. She left it young.", title="Ada", id="ada"),
@@ -67,7 +69,7 @@ def test_gates(family: str, spec: str, wrapper: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", ["block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER"])
+@pytest.mark.parametrize("spec", ["block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "ape"])
 def test_gates_in_half_precision(dtype: torch.dtype, spec: str, wrapper: Path) -> None:
     """The documented tolerances hold: 0.02 of the largest logit in float16, 0.1 in bfloat16."""
     from kvilt.model import Model
@@ -79,7 +81,15 @@ def test_gates_in_half_precision(dtype: torch.dtype, spec: str, wrapper: Path) -
 
 def test_methods_really_differ(wrapper: Path) -> None:
     """A matrix in which every method gave the same logits would prove nothing."""
-    specs = ["full", "block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "prompt_cache:slot=64", "epic:tokens=3"]
+    specs = [
+        "full",
+        "block",
+        "kvlink:links=5",
+        "kv_packet:wrapper=WRAPPER",
+        "prompt_cache:slot=64",
+        "epic:tokens=3",
+        "ape",
+    ]
     logits = [engine_of("llama", s, wrapper).answer(QUESTION, DOCUMENTS, max_new_tokens=1).logits for s in specs]
     gaps = [
         float((a - b).abs().max()) for i, a in enumerate(logits) for b in logits[:i] if a is not None and b is not None

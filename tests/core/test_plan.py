@@ -13,7 +13,7 @@ from torch import Tensor
 
 import zoo
 from kvilt.model import Model
-from kvilt.plan import Layout, Plan, Segment
+from kvilt.plan import ContextScaling, Layout, Plan, Segment
 from kvilt.types import DocumentCache, Encoding, TensorLayers
 
 Q = torch.tensor([90, 91])
@@ -232,6 +232,17 @@ def test_running_a_plan_equals_one_dense_pass(family: str, make: object) -> None
     """Danger: a row lands in the wrong place, is moved wrongly, or is seen by a token that must not see it."""
     model = zoo.model_of(family)
     assert off_dense(model, make(model)) < TOLERANCE  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_scaled_context_equals_one_dense_pass(family: str, make: object) -> None:
+    """Danger: scaling reaches rows that are no context, or a computed token that sees none of it turns into NaN."""
+    model = zoo.model_of(family)
+    plain: Plan = make(model)  # type: ignore[operator]
+    sharp = dataclasses.replace(plain, context=ContextScaling(0.6, 1.3))
+    assert off_dense(model, sharp) < TOLERANCE
+    assert off(model.run(sharp)[0], model.run(plain)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(24))
