@@ -22,6 +22,11 @@ TABLE: dict[str, dict[str, str]] = {
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
         "epic": "kvilt.strategies.epic:Epic",
         "ape": "kvilt.strategies.ape:Ape",
+        "cacheblend": "kvilt.strategies.cacheblend:CacheBlend",
+        "a3": "kvilt.strategies.a3:A3",
+        "prophetkv": "kvilt.strategies.prophetkv:ProphetKV",
+        "infoflow": "kvilt.strategies.infoflow:InfoFlow",
+        "random": "kvilt.strategies.random:RandomRecompute",
     },
     "store": {
         "memory": "kvilt.stores.memory:MemoryStore",

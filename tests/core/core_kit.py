@@ -38,7 +38,7 @@ def ids(count: int, seed: int = 0) -> Tensor:
 
 def fake(tokens: Sequence[int], offsets: Sequence[int] | None = None, dropped: int = 0) -> DocumentCache:
     """A cache of zeros, for plans that are looked at and never run."""
-    run = torch.tensor(tokens)
+    run = torch.tensor(tokens, dtype=torch.long)
     kept = torch.tensor(list(offsets) if offsets is not None else range(len(run) - dropped), dtype=torch.long)
     rows = torch.zeros(1, len(kept), 2)
     key = CacheKey("model", "tokenizer", "rope", "float32", "encoding", "", digest_of(run))
