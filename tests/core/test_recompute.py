@@ -118,7 +118,7 @@ def test_equals_are_taken_from_the_left_and_counts_are_rounded() -> None:
     assert top(torch.zeros(5), among, 3).tolist() == [True, False, True, True, False]
     asked = prompt(ids(2), *caches(6, 7), system=system())
     for ratio, count in ((0.03, 0), (0.05, 1), (0.15, 2), (0.3, 4), (0.99, 13)):
-        assert len(sum(fresh(planned(f"random:ratio={ratio}", asked)[0]), [])) == count
+        assert sum(map(len, fresh(planned(f"random:ratio={ratio}", asked)[0]))) == count
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -187,7 +187,9 @@ def test_the_tokens_that_deviate_most_from_full_prefill_are_recomputed(method: s
     whole = cache_of(model, torch.cat([front.tokens, *(d.tokens for d in documents)]))  # a full prefill
     deviation, at = [], 5
     for d in documents:
-        sides = [(cast(TensorLayers, d.layers).fetch(1, w), cast(TensorLayers, whole.layers).fetch(1, w)) for w in SIDES]
+        sides = [
+            (cast(TensorLayers, d.layers).fetch(1, w), cast(TensorLayers, whole.layers).fetch(1, w)) for w in SIDES
+        ]
         (k, full_k), (v, full_v) = sides
         rows = slice(at, at + d.length)
         change = (full_v[:, rows] - v).square().sum((0, 2))
@@ -292,7 +294,13 @@ def test_gradual_filtering_shrinks_to_the_ratio() -> None:
 
 def test_an_option_of_cacheblend_or_infoflow_out_of_range_is_refused() -> None:
     """Danger: a misspelled score is silently the other one."""
-    wrong = ["cacheblend:score=k", "cacheblend:stages=0", "infoflow:layers=9", "infoflow:layers=9-4", "infoflow:boundary=-1"]
+    wrong = [
+        "cacheblend:score=k",
+        "cacheblend:stages=0",
+        "infoflow:layers=9",
+        "infoflow:layers=9-4",
+        "infoflow:boundary=-1",
+    ]
     for spec in wrong:
         with pytest.raises(SpecError, match="wants"):
             build("strategy", spec)
