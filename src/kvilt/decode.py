@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,35 @@ def _check(options: dict[str, Any], config: Any) -> None:
             raise PromptError(f"generation option {name}={value!r} is not served: {advice}")
 
 
+class Scores:
+    """Logits of the next token, step by step; or from one pass over a draft, for as long as the draft is what is picked.
+
+    A draft that is followed to its end costs one pass instead of one per token, and never changes what is generated."""
+
+    def __init__(self, model: Model, placed: PlacedCache, draft: Sequence[int] = ()) -> None:
+        self.model, self.placed, self.draft = model, placed, draft
+        self._followed = 0
+        self._deviated = not draft
+        self._ahead: Tensor | None = None
+
+    def of_draft(self) -> Tensor:
+        """Logits after each token of the draft, (draft, vocab). Before the first step only, or after it was needed."""
+        if self._ahead is None:
+            self._ahead = self.model.ahead(torch.tensor(self.draft, dtype=torch.long), self.placed)
+        return self._ahead
+
+    def after(self, token: Tensor) -> Tensor:
+        """Logits after one more token (1, 1), (1, vocab)."""
+        if not self._deviated:
+            ahead, at = self.of_draft(), self._followed
+            if at < len(self.draft) and int(token) == self.draft[at]:
+                self.placed.advance(1)
+                self._followed += 1
+                return ahead[at : at + 1]
+            self._deviated = True
+        return self.model.step(token, self.placed)
+
+
 def generate(
     model: Model,
     logits: Tensor,  # (vocab,) of the first token
@@ -91,11 +120,13 @@ def generate(
     on_first: Callable[[], None] = lambda: None,
     streamer: Any = None,
     tokenizer: Any = None,
+    following: Scores | None = None,
     **options: Any,
 ) -> tuple[int, ...]:
     """Generate tokens into a placed cache that has room for them; greedy by default.
 
     `streamer.put` gets every token; `tokenizer` is needed for stop strings; `options` are used if there are no settings."""
+    following = following or Scores(model, placed)
     settings = settings or Settings.of(model.hf, options)
     config = settings.up_to(max_new_tokens)
     seeded = None if settings.seed is None else torch.Generator(model.shape.device).manual_seed(settings.seed)
@@ -113,12 +144,9 @@ def generate(
                 streamer.put(token[0].cpu())
             if bool(stopping_criteria(input_ids, None).all()):
                 return input_ids
-            scores = model.step(token, placed)
+            scores = following.after(token)
 
-    stopping = StoppingCriteriaList()
-    if config.stop_strings and tokenizer is not None:  # transformers passes no tokenizer on to a loop of one's own
-        stopping.append(StopStringCriteria(tokenizer, config.stop_strings))
-        config.stop_strings = None
+    stopping = _stop_strings(config, tokenizer)
     try:
         out = model.hf.generate(
             ids,
@@ -131,6 +159,14 @@ def generate(
         if streamer is not None:
             streamer.end()
     return tuple(out[0, length:].tolist())
+
+
+def _stop_strings(config: Any, tokenizer: Any) -> StoppingCriteriaList:
+    """Taken out of the configuration: transformers passes no tokenizer on to a loop of one's own."""
+    if not config.stop_strings or tokenizer is None:
+        return StoppingCriteriaList()
+    strings, config.stop_strings = config.stop_strings, None
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
 
 
 def _pick(scores: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:

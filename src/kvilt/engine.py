@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvilt import registry
-from kvilt.decode import Settings, generate
+from kvilt.decode import Scores, Settings, generate
 from kvilt.encoder import Encoder, EncodeReport, Item
 from kvilt.errors import DamagedCache, PromptError, StoreUnavailable
 from kvilt.loading import load_model
@@ -115,11 +115,13 @@ class Engine:
         max_new_tokens: int = 128,
         allow_empty: bool = False,
         streamer: Any = None,
+        draft: Sequence[int] = (),
         **sampling: Any,
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
         `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
+        `draft` is a guess of the answer's tokens: right ones are generated in one pass, wrong ones change nothing.
         Raises PromptError before anything is computed where question or options cannot be served."""
         clock, refused = Clock(), set[str]()
         settings = Settings.of(self.model.hf, sampling)
@@ -134,12 +136,16 @@ class Engine:
         clock.lap("run")
         try:
             ids, tokenizer = _ids(ready.plan), self.text.tokenizer
-            tokens = generate(self.model, logits, placed, ids, room, settings, clock.mark_first, streamer, tokenizer)
+            ahead = Scores(self.model, placed, draft[:room])
+            tokens = generate(
+                self.model, logits, placed, ids, room, settings, clock.mark_first, streamer, tokenizer, ahead
+            )
+            drafted = torch.cat([logits[None], ahead.of_draft()[:-1]]) if draft else None
             clock.lap("decode")
             usage = self._usage(ready, placed, clock, len(tokens), len(refused))
         finally:
             self.model.pool.give(placed.buffer)
-        return Answer(self.text.decode(tokens), tokens, usage, repr(self.strategy), logits.cpu())
+        return Answer(self.text.decode(tokens), tokens, usage, repr(self.strategy), logits.cpu(), drafted)
 
     def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself.

@@ -183,6 +183,21 @@ class Model:
         placed.advance(1)
         return torch.as_tensor(out.logits[:, -1]).float()
 
+    @torch.no_grad()
+    def ahead(self, tokens: Tensor, placed: PlacedCache) -> Tensor:
+        """Logits after each of several tokens (tokens,) behind a placed cache, (tokens, vocab) float32.
+
+        Their rows lie in the cache, but count only once `placed.advance` says so."""
+        positions = placed.position + torch.arange(len(tokens), device=self.shape.device)
+        with attention.using(placed.attention):
+            out = self.hf(
+                input_ids=tokens[None].to(self.shape.device),
+                position_ids=positions[None],
+                past_key_values=placed,
+                use_cache=True,
+            )
+        return torch.as_tensor(out.logits[0]).float()
+
     def _placed(self, plan: Plan, room: int, overlap: bool | None) -> PlacedCache:
         placed = PlacedCache(plan, self.pool.take(len(plan.positions) + room), self.rope)
         worth = self.shape.device.type == "cuda" or placed.bytes_loaded >= OVERLAP_BYTES

@@ -215,6 +215,7 @@ class Answer:
     usage: Usage
     strategy: str
     logits: Tensor | None = None  # (vocab,) of the first token, float32
+    drafted: Tensor | None = None  # (draft, vocab) float32: row i predicts token i of the draft that was given
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for `--json` and HTTP."""

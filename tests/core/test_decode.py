@@ -30,6 +30,36 @@ def ask(engine: Engine, **options: Any) -> tuple[int, ...]:
     return engine.answer(QUESTION, DOCUMENTS, **{"max_new_tokens": 8, **options}).tokens
 
 
+# --- drafts ---
+
+
+@pytest.mark.parametrize("spec", ["block", "kvlink:links=5", "prompt_cache:slot=64", "epic:tokens=3", "ape"])
+@pytest.mark.parametrize("right", [0, 1, 5, 12])
+def test_a_draft_changes_nothing_but_the_number_of_passes(spec: str, right: int, monkeypatch: Any) -> None:
+    """Danger: a guess that is followed too far, or rows of a wrong guess that stay in the cache."""
+    engine = engine_of(spec)
+    plain = engine.answer(QUESTION, DOCUMENTS, max_new_tokens=12)
+    other = tuple((t + 1) % 200 for t in plain.tokens[right:])
+    steps = []
+    step = Model.step
+    monkeypatch.setattr(Model, "step", lambda *args: steps.append(1) or step(*args))  # type: ignore[func-returns-value]
+    guessed = engine.answer(QUESTION, DOCUMENTS, max_new_tokens=12, draft=plain.tokens[:right] + other)
+    assert guessed.tokens == plain.tokens
+    assert len(steps) == max(0, len(plain.tokens) - 1 - right)
+
+
+@pytest.mark.parametrize("spec", ["block", "epic:tokens=3", "ape"])
+def test_a_draft_is_scored_as_teacher_forcing_scores_it(spec: str) -> None:
+    """Danger: fidelity is measured on other logits than the strategy serves."""
+    engine, draft = engine_of(spec), (90, 80, 100, 120)
+    answer = engine.answer(QUESTION, DOCUMENTS, max_new_tokens=12, draft=draft)
+    assert answer.drafted is not None
+    torch.testing.assert_close(answer.drafted, engine.score(QUESTION, DOCUMENTS, draft), rtol=1e-3, atol=1e-3)
+    short = engine.answer(QUESTION, DOCUMENTS, max_new_tokens=2, draft=draft)
+    assert short.drafted is not None
+    assert len(short.drafted) == len(short.tokens) == 2
+
+
 # --- options ---
 
 

@@ -39,7 +39,7 @@ class FakeEngine:
     def encode(self, documents):
         self.calls.append(("encode", self.strategy.name))
 
-    def answer(self, question, documents, *, max_new_tokens=64, allow_empty=False):
+    def answer(self, question, documents, *, max_new_tokens=64, allow_empty=False, draft=()):
         self.calls.append(("answer", self.strategy.name, question))
         if self.fail_after is not None and sum(c[0] == "answer" for c in self.calls) > self.fail_after:
             raise KeyboardInterrupt
@@ -53,10 +53,14 @@ class FakeEngine:
         usage = Usage(
             computed_tokens=10 * len(documents) + 5, charged=0.5 if self.strategy.name == "lossy" else 1.0, ttft_s=0.25
         )
-        return Answer(word, tokens, usage, repr(self.strategy))
+        drafted = self._logits(draft) if draft else None
+        return Answer(word, tokens, usage, repr(self.strategy), drafted=drafted)
 
     def score(self, question, documents, continuation, *, allow_empty=False):
         self.calls.append(("score", self.strategy.name, question))
+        return self._logits(continuation)
+
+    def _logits(self, continuation):
         logits = torch.zeros(len(continuation), 16)
         logits[torch.arange(len(continuation)), torch.tensor(list(continuation))] = (
             0.0 if self.strategy.name == "lossy" else 5.0

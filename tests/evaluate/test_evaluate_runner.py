@@ -60,7 +60,7 @@ def test_documents_are_encoded_before_the_clock_starts(tmp_path, spec):
     steps = [call[:2] for call in engine.calls]
     assert steps.index(("encode", "lossy")) < steps.index(("answer", "lossy"))
     assert ("encode", "full") not in steps
-    assert steps.count(("score", "full")) == 2  # once for the reference, once for the floor
+    assert steps.count(("score", "full")) == 1  # once for all lanes
 
 
 def test_a_larger_limit_goes_on(tmp_path, spec):

@@ -158,12 +158,15 @@ def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]
 
 def _answer(lane: Lane, sample: Sample, task: Task, reference: Lane) -> Answer:
     """The answer with every document at hand: what encoding costs is not part of a query."""
+    draft = reference.records.done[sample.id]["tokens"] if lane is not reference else ()
     if lane.role == "floor":
-        answer = lane.engine.answer(sample.question, [], max_new_tokens=task.max_new_tokens, allow_empty=True)
+        answer = lane.engine.answer(
+            sample.question, [], max_new_tokens=task.max_new_tokens, allow_empty=True, draft=draft
+        )
         return replace(answer, usage=_of_full(answer.usage, reference.records.done[sample.id], lane.engine))
     if lane.role == "strategy":
         lane.engine.encode(sample.documents)
-    return lane.engine.answer(sample.question, sample.documents, max_new_tokens=task.max_new_tokens)
+    return lane.engine.answer(sample.question, sample.documents, max_new_tokens=task.max_new_tokens, draft=draft)
 
 
 def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
@@ -174,9 +177,8 @@ def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
 
 
 def _score(lane: Lane, sample: Sample, tokens: Sequence[int]) -> Tensor:
-    """Logits over full recompute's own answer, (tokens, vocab)."""
-    floor = lane.role == "floor"
-    return lane.engine.score(sample.question, [] if floor else sample.documents, tokens, allow_empty=floor)
+    """Full recompute's logits over its own answer, (tokens, vocab)."""
+    return lane.engine.score(sample.question, sample.documents, tokens)
 
 
 def _closeness(
@@ -186,7 +188,7 @@ def _closeness(
     if lane is reference:
         return {"agreement": True, "first_token": True, "kl": 0.0}
     full = reference.records.done[sample.id]
-    divergence = fidelity.divergence(score(), _score(lane, sample, full["tokens"])) if full["tokens"] else None
+    divergence = None if answer.drafted is None else fidelity.divergence(score()[: len(answer.drafted)], answer.drafted)
     return {
         "agreement": fidelity.same_text(task.extract(full["text"]), task.extract(answer.text)),
         "first_token": fidelity.same_first_token(full["tokens"], answer.tokens),
