@@ -1,0 +1,38 @@
+#!/bin/sh
+# What ships beside the built-in model, and what benchmarks/quality.md measures: sh recipes/builtin_methods.sh OUT BABI [NAME...]
+# NAME is one of the trainings below (default: all). A killed run goes on if repeated.
+set -eu
+out=$1 babi=$2
+shift 2
+here=$(dirname "$0")
+[ -d "$out/rows" ] || python "$here/builtin_rows.py" --out "$out/rows" --babi "$babi"
+[ -d "$out/few" ] || python "$here/builtin_rows.py" --out "$out/few" --babi "$babi" --count 1000
+
+# Wrappers: the model is frozen, a teacher answers every prompt once, so a thousand rows of each kind are enough.
+wrapper() {
+    verb=$1 name=$2
+    shift 2
+    kvilt train "$verb" --model builtin --out "$out/$name" --set batch=32 --set micro_batch=16 --set views=1 --set fewest=0 \
+        --set evaluate_every=25 --set patience=6 "$@"
+}
+# KVLink: every weight is trained, from the data's own answers.
+kvlink() {
+    kvilt train kvlink --model builtin --out "$out/kvlink$1" --set "links=$1" --set slots=18 --set max_tokens=2048 \
+        --set steps=800 --set batch=32 --set micro_batch=16 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
+        "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
+}
+all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
+
+[ $# -gt 0 ] || set -- kvlink0 kvlink1 kvlink5 packet linked linked_tail packet_biography packet_babi
+for name in "$@"; do
+    # shellcheck disable=SC2086
+    case $name in
+    kvlink*) kvlink "${name#kvlink}" ;;
+    packet) wrapper packet packet --set steps=300 $all ;;
+    linked) wrapper linked-packet linked --set links=5 --set steps=400 $all ;;
+    linked_tail) wrapper linked-packet linked_tail --set links=8 --set layout=tail --set steps=300 $all ;;
+    packet_biography) wrapper packet packet_biography --set steps=200 "$out/few/biography.jsonl" ;;
+    packet_babi) wrapper packet packet_babi --set steps=200 "$out/few/babi.jsonl" ;;
+    *) echo "unknown training: $name" >&2; exit 2 ;;
+    esac
+done
