@@ -257,6 +257,7 @@ class Engine:
             bytes_loaded=placed.bytes_loaded,
             ttft_s=clock.first,
             steps_s=clock.steps,
+            note=plan.note,
         )
 
 

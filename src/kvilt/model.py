@@ -12,6 +12,7 @@ from transformers import Cache
 
 from kvilt import attention, identity, proof, support
 from kvilt.errors import ModelError
+from kvilt.pace import Pace
 from kvilt.placed import BufferPool, PlacedCache, Shape
 from kvilt.plan import Dense, Plan
 from kvilt.rope import rope_of
@@ -37,7 +38,7 @@ class Model:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.shape = Shape(config.num_hidden_layers, heads, head_dim, hf.dtype, hf.device)
-        self.pool = BufferPool(self.shape)
+        self.pool, self.pace = BufferPool(self.shape), Pace()
         self.digest = identity.weights_digest(hf)
         self.tokenizer_digest = tokenizer_digest
         self._configuration = digest_of(self.rope.identity, identity.config_digest(config))

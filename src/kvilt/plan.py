@@ -87,6 +87,7 @@ class Plan:
     learned: Tensor | None = None  # (vectors, hidden): the learned vectors that negative ids name
     overhead: float = 0.0  # what probing has cost already, in units of full recompute
     context: ContextScaling | None = None  # of the reused rows of segments named "document"
+    note: str = ""  # why this plan, for the usage
 
     @property
     def end(self) -> int:
@@ -146,14 +147,16 @@ class Plan:
 
         `linear` is the cost of a token's matrices in units of attending to one key (`ModelInfo.linear_cost`);
         infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline)."""
-        computed = len(self.computed_rows)
         if math.isinf(linear):
-            return self.overhead + computed / self.baseline
-        seen = float(
-            torch.searchsorted(self.positions.sort().values, self.positions[self.computed_rows], right=True).sum()
-        )
+            return self.overhead + len(self.computed_rows) / self.baseline
         full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
-        return self.overhead + (computed * linear + seen) / full
+        return self.overhead + self.work(linear) / full
+
+    def work(self, linear: float) -> float:
+        """Compute of the pass in units of attending to one key: sum(linear + keys seen) over computed tokens."""
+        at = self.positions[self.computed_rows]
+        seen = torch.searchsorted(self.positions.sort().values, at, right=True).sum()
+        return len(at) * linear + float(seen)
 
     def dense(self) -> Dense:
         """The plan as one pass: each reused document once as it was encoded, plus every computed token."""

@@ -52,6 +52,10 @@ class ModelProbe:
         back = -plan.positions[plan.computed_rows]
         return self._watch(plan, layers, lambda _, query, *__: self.model.rope.move(query[0].cpu(), back))
 
+    def seconds(self, plan: Plan) -> float:
+        """Predicted seconds to the plan's first token, from rates measured once per model; not charged."""
+        return self.model.pace.seconds(self.model, plan, self.info.linear_cost)
+
     def _watch(self, plan: Plan, layers: Sequence[int], look: Look) -> list[Tensor]:
         wanted = sorted({layer % self.info.num_layers for layer in layers})
         found: dict[int, Tensor] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import typing
 from importlib.metadata import entry_points
 
@@ -21,6 +22,7 @@ TABLE: dict[str, dict[str, str]] = {
         "linked_packet": "kvilt.strategies.linked_packet:LinkedPacket",
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
         "epic": "kvilt.strategies.epic:Epic",
+        "auto": "kvilt.strategies.auto:Auto",
         "ape": "kvilt.strategies.ape:Ape",
         "cacheblend": "kvilt.strategies.cacheblend:CacheBlend",
         "a3": "kvilt.strategies.a3:A3",
@@ -81,10 +83,10 @@ def _imported(path: str) -> type:
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """Split "name:key=value,key=value"."""
+    """Split "name:key=value,key=[a value, with commas]"."""
     name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):
         key, eq, value = pair.partition("=")
         if not eq or not key.strip():
             raise SpecError(f"bad option {pair!r} in {spec!r}: write name:key=value,key=value.")

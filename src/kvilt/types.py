@@ -204,6 +204,7 @@ class Usage:
     bytes_loaded: int = 0
     ttft_s: float = 0.0
     steps_s: dict[str, float] = field(default_factory=dict)
+    note: str = ""  # why the strategy chose this plan
 
 
 @dataclass(frozen=True, eq=False)

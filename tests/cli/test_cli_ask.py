@@ -69,6 +69,14 @@ def test_json_has_the_promised_keys(model_dir: Path, docs: list[Path], store: st
     assert promised <= set(answer["usage"])
     assert answer["usage"]["misses"] == 1
     assert answer["usage"]["steps_s"]["run"] > 0
+    assert answer["usage"]["note"] == ""
+
+
+def test_what_auto_has_chosen_is_said(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: nobody can tell why an answer was computed from scratch."""
+    common = ("ask", QUESTION, "--docs", *docs, "--model", model_dir, "--store", store, "--strategy", "auto")
+    assert ": predicted " in data(*common)["usage"]["note"]
+    assert ": predicted " in run(*common).stderr
 
 
 def test_text_on_stdout_talk_on_stderr(model_dir: Path, docs: list[Path], store: str) -> None:

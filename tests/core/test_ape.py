@@ -65,6 +65,9 @@ def test_decoded_tokens_attend_in_two_parts_too(family: str) -> None:
     engine.model.pool.give(placed.buffer)
     wanted = engine.model.dense(continued(plan, tokens).dense())[-len(steps) :]
     assert off(torch.stack(steps), wanted) < TOLERANCE
+    _, again = engine.model.run(plan, room=len(tokens))
+    assert off(engine.model.ahead(tokens, again), wanted[1:]) < TOLERANCE  # a draft, in one pass
+    engine.model.pool.give(again.buffer)
     plain = engine.model.dense(replace(continued(plan, tokens), context=None).dense())
     assert off(torch.stack(steps), plain[-len(steps) :]) > 1e-2
 

@@ -36,6 +36,8 @@ MATRIX = [
     "epic:tokens=16,sink=system",
     "ape",
     "ape:temperature=0.8,scale=0.9",
+    "auto:reuse=block",
+    "auto:reuse=kv_packet:wrapper=WRAPPER",
     "random:ratio=0.3,seed=1",
     "cacheblend",
     "cacheblend:ratio=0.4,stages=3",

@@ -26,7 +26,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",), "types": ("types",)},
     {"registry": ("registry",), "plan": ("plan",), "wrapper": ("wrapper",), "documents": ("documents",)},
     {
-        "model": ("rope", "attention", "placed", "support", "identity", "proof", "model", "probe", "loading"),
+        "model": ("rope", "attention", "placed", "pace", "support", "identity", "proof", "model", "probe", "loading"),
         "strategies": ("strategies",),
         "stores": ("stores",),
         "compress": ("compress",),

@@ -76,7 +76,8 @@ def usage(answer: Answer) -> str:
     found = f"{u.hits} hits, {u.misses} misses{damaged}"
     tokens = f"{u.reused_tokens:,} tokens reused, {u.computed_tokens:,} computed ({u.charged:.1%} of full recompute)"
     time_ = f"{show_size(u.bytes_loaded)} loaded, first token after {u.ttft_s:.3f} s"
-    return f"{answer.strategy}: {found}; {tokens}; {time_}"
+    note = f" ({u.note})" if u.note else ""
+    return f"{answer.strategy}: {found}; {tokens}; {time_}{note}"
 
 
 def plan(plan: Plan, names: Sequence[str], strategy: str) -> None:

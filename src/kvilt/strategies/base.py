@@ -27,6 +27,9 @@ class Probe(Protocol):
     def queries(self, plan: Plan, layers: Sequence[int]) -> list[Tensor]:
         """A plan's computed tokens' queries in some layers, moved to position 0, (heads, computed, head_dim) each."""
 
+    def seconds(self, plan: Plan) -> float:
+        """Predicted seconds to a plan's first token on this machine; the same plan gets the same prediction."""
+
 
 @dataclass(frozen=True)
 class Strategy:

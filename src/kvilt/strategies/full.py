@@ -17,7 +17,13 @@ class FullRecompute(Strategy):
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Everything is computed."""
-        layout = Layout(prompt).compute(prompt.system.placed_tokens, name="system")
-        for document in prompt.documents:
-            layout.compute(document.placed_tokens, name="document")
-        return layout.ask().plan()
+        return recompute(prompt)
+
+
+def recompute(prompt: Prompt) -> Plan:
+    """The plan of the ordinary prompt; what stands around documents that were encoded is left out."""
+    layout = Layout(prompt).compute(prompt.system.placed_tokens, name="system")
+    for document in prompt.documents:
+        tokens = document.placed_tokens
+        layout.compute(tokens[tokens >= 0], name="document")
+    return layout.ask().plan()
