@@ -1,4 +1,7 @@
-"""Put a trained model, its documents and questions into the package: `python recipes/builtin_ship.py --model OUT/model`."""
+"""Put what was trained into the package.
+
+`python recipes/builtin_ship.py --model OUT/model` ships the base model with its documents and questions,
+`python recipes/builtin_ship.py --trained TRAINED` what recipes/builtin_methods.sh has made of it."""
 
 from __future__ import annotations
 
@@ -6,25 +9,47 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from kvilt.builtin.collection import make, write
+from kvilt.strategies.kvlink import DESCRIPTION
 
 PACKAGE = Path(__file__).parents[1] / "src" / "kvilt" / "builtin"
-LIMIT = 12_000_000  # bytes of weights that the package may carry
+LIMIT = 12_000_000  # bytes of weights that the package may carry, all models together
+CHECKPOINTS = {"kvlink0": "model-kvlink0", "kvlink5": "model-kvlink5"}
+WRAPPERS = {"packet": "kv_packet", "linked": "linked_packet"}
+
+
+def ship(model: Path, place: Path) -> None:
+    """A model's files with weights in half precision: what is evaluated is what is shipped."""
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(place)
+    AutoTokenizer.from_pretrained(model).save_pretrained(place)
+    if (model / DESCRIPTION).is_file():
+        shutil.copy(model / DESCRIPTION, place)
 
 
 def main() -> None:
-    """Copy the model's files and write both lists."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    """Copy the models' files, write documents and questions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="the trained base model")
+    parser.add_argument("--trained", type=Path, help="folder of wrappers and fine-tuned models")
     parser.add_argument("--package", type=Path, default=PACKAGE)
     args = parser.parse_args()
-    weights = args.model / "model.safetensors"
-    if weights.stat().st_size > LIMIT:
-        raise SystemExit(f"{weights} has {weights.stat().st_size:,} bytes; the package carries at most {LIMIT:,}")
-    shutil.copytree(args.model, args.package / "model", dirs_exist_ok=True)
-    papers, questions = make()
-    write(args.package, papers, questions)
-    print(f"{len(papers)} documents, {len(questions)} questions")
+    if args.model:
+        ship(args.model, args.package / "model")
+        papers, questions = make()
+        write(args.package, papers, questions)
+        print(f"{len(papers)} documents, {len(questions)} questions")
+    if args.trained:
+        for name, wrapper in WRAPPERS.items():
+            shutil.copy(args.trained / name / "wrapper.safetensors", args.package / "model" / f"{wrapper}.safetensors")
+        for name, place in CHECKPOINTS.items():
+            ship(args.trained / name, args.package / place)
+    weights = sum(file.stat().st_size for file in args.package.rglob("*.safetensors"))
+    print(f"{weights:,} bytes of weights")
+    if weights > LIMIT:
+        raise SystemExit(f"the package carries at most {LIMIT:,} bytes of weights")
 
 
 if __name__ == "__main__":
