@@ -258,7 +258,10 @@ class _Lookup:
             ),
             "dtype": (f"it was encoded in another dtype ({pair})", f"give --dtype {stored}"),
             "encoding": (self._encodings(stored), "give the --strategy it was encoded for"),
-            "compression": (f"it was compressed otherwise ({pair})", "compress it as before"),
+            "compression": (
+                f"it was compressed otherwise ({stored or 'not at all'} stored, {wanted or 'not at all'} now)",
+                "give the --compress it was encoded with",
+            ),
         }[name]
 
     def _encodings(self, stored: str) -> str:

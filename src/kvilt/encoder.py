@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from kvilt.compress.base import Compression, Made
 from kvilt.errors import DocumentError, StoreUnavailable
 from kvilt.model import Model
+from kvilt.probe import ModelProbe
+from kvilt.rope import turned
 from kvilt.stores.base import CacheStore
 from kvilt.text import TextFormat
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding
@@ -19,6 +22,7 @@ BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, smal
 PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
 POLL_SECONDS = 0.2
 
+NONE = Compression()
 logger = logging.getLogger("kvilt")
 
 
@@ -29,6 +33,7 @@ class Item:
     document: Document
     ids: Tensor  # (tokens,)
     key: CacheKey
+    title_length: int = 0  # tokens, where a press must know
 
     @property
     def title(self) -> str:
@@ -69,12 +74,14 @@ class Encoder:
     encoding: Encoding
     namespace: str = "default"
     ttl: float | None = None
+    compression: Compression = NONE
 
     def items(self, documents: Iterable[Document]) -> list[Item]:
         """Tokenise and key documents. Raises DocumentError for empty ones and those longer than the model's context."""
         return [self._item(d) for d in documents]
 
     def _item(self, document: Document) -> Item:
+        document = self.compression.shorten(document)
         ids = self.text.document_ids(document)
         around = len(self.encoding.before) + len(self.encoding.after)
         if len(ids) + around > self.model.context_length:
@@ -83,7 +90,8 @@ class Encoder:
                 f"document {name!r} has {len(ids)} tokens, the model's context holds "
                 f"{self.model.context_length - around}. Split it."
             )
-        return Item(document, ids, self.model.key(ids, self.encoding))
+        title = self.text.title_length(document) if self.compression.rows else 0
+        return Item(document, ids, self.model.key(ids, self.encoding, self.compression.identity(title)), title)
 
     def _storable(self, documents: Iterable[Document]) -> dict[str, Item]:
         """Documents by content address, those left out that must never be stored."""
@@ -97,13 +105,14 @@ class Encoder:
         unique = self._storable(documents)
         present = self.store.contains(unique)
         missing = [item for key, item in unique.items() if key not in present]
-        encoded, done, tokens, total = 0, 0, 0, sum(len(i.ids) for i in missing)
+        encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
         for batch in self._claimed(missing):
             mine = self._encode_claimed(batch)
-            encoded, done, tokens = encoded + len(mine), done + len(batch), tokens + sum(len(i.ids) for i in mine)
+            encoded, done, tokens = encoded + len(mine), done + len(batch), tokens + sum(len(i.ids) for i, _ in mine)
+            size += sum(stored for _, stored in mine)
             if on_progress:
                 on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
-        return self._report(unique, encoded, tokens, time.perf_counter() - began)
+        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, time.perf_counter() - began)
 
     def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
         """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
@@ -112,11 +121,11 @@ class Encoder:
         missing = [item for key, item in unique.items() if key not in present]
         tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]
         began = time.perf_counter()
-        for item in tried:
-            self.model.encode([item.ids], self.encoding)
+        size = sum(cache.nbytes for item in tried for cache in self._run([item]))
         rate = sum(len(i.ids) for i in tried) / max(time.perf_counter() - began, 1e-9)
-        tokens = sum(len(i.ids) for i in missing)
-        return self._report(unique, len(missing), tokens, tokens / rate if tried else 0.0)
+        tokens, share = sum(len(i.ids) for i in missing), size / max(self._plain_size(tried), 1)
+        size, seconds = round(share * self._plain_size(missing)), tokens / rate if tried else 0.0
+        return EncodeReport(len(unique), len(missing), len(unique) - len(missing), tokens, size, seconds)
 
     def fetch(self, items: Sequence[Item], refused: Container[str] = ()) -> tuple[list[DocumentCache], int]:
         """The caches of documents, encoding and storing what is missing; and how many were found.
@@ -129,21 +138,44 @@ class Encoder:
         for batch in batches([item for digest, item in unique.items() if digest not in found]):
             for item, cache in zip(batch, self._run(batch), strict=True):
                 self.put(cache, item.title)
-                found[item.key.digest] = cache
+                found[item.key.digest] = turned(cache, self.model.rope)
         return [found[i.key.digest] for i in items], hits
 
+    def make(self, items: Sequence[Item]) -> list[DocumentCache]:
+        """The caches of documents, encoded now and not stored."""
+        return [turned(cache, self.model.rope) for cache in self._run(items)]
+
     def _run(self, batch: Sequence[Item]) -> list[DocumentCache]:
-        return self.model.encode([i.ids for i in batch], self.encoding)
+        caches = self.model.encode([i.ids for i in batch], self.encoding)
+        return [self._smaller(cache, item) for cache, item in zip(caches, batch, strict=True)]
+
+    def _smaller(self, cache: DocumentCache, item: Item) -> DocumentCache:
+        """The cache as it is stored."""
+        if self.compression == NONE:
+            return cache
+        model, around = self.model, (len(self.encoding.before), len(self.encoding.after))
+        probe, turn = ModelProbe(model, model.info()), model.rope.move
+        made = Made(
+            cache,
+            around if self.encoding.keep else (0, 0),
+            item.title_length,
+            turn,
+            probe,
+            self.text.plain_ids,
+            model.context_length,
+        )
+        return replace(self.compression.apply(made), key=item.key)
 
     def get(self, key: CacheKey, refused: Container[str] = ()) -> DocumentCache | None:
         """The stored cache; None if there is none, it is known to be damaged, or the store cannot be read."""
         if key.digest in refused:
             return None
         try:
-            return self.store.get(key)
+            found = self.store.get(key)
         except StoreUnavailable as error:
             logger.warning("not read: %s", error)
             return None
+        return None if found is None else turned(found, self.model.rope)
 
     def put(self, cache: DocumentCache, title: str) -> None:
         """Store a cache; an answer is still given when the store cannot take it."""
@@ -170,22 +202,23 @@ class Encoder:
             elif waiting:
                 time.sleep(POLL_SECONDS)
 
-    def _encode_claimed(self, batch: list[Item]) -> list[Item]:
-        """Encode and store what nobody has stored in the meantime; returns what that was."""
+    def _encode_claimed(self, batch: list[Item]) -> list[tuple[Item, int]]:
+        """Encode and store what nobody has stored in the meantime; returns what that was, and its bytes."""
         try:
             stored = self.store.contains(i.key.digest for i in batch)  # finished by another process before the claim
             todo = [i for i in batch if i.key.digest not in stored]
-            for item, cache in zip(todo, self._run(todo) if todo else [], strict=True):
+            made = list(zip(todo, self._run(todo) if todo else [], strict=True))
+            for item, cache in made:
                 self.store.put(cache, title=item.title, namespace=self.namespace, ttl=self.ttl)
-            return todo
+            return [(item, cache.nbytes) for item, cache in made]
         finally:
             for item in batch:
                 self.store.release(item.key.digest)
 
-    def _report(self, unique: dict[str, Item], encoded: int, tokens: int, seconds: float) -> EncodeReport:
+    def _plain_size(self, items: Sequence[Item]) -> int:
+        """Bytes of documents that are not compressed."""
         around = (len(self.encoding.before) + len(self.encoding.after)) if self.encoding.keep else 0
-        size = (tokens + encoded * around) * self.model.bytes_per_token
-        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, seconds)
+        return sum(len(i.ids) + around for i in items) * self.model.bytes_per_token
 
 
 def batches(items: Sequence[Item]) -> Iterator[list[Item]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvilt import registry
+from kvilt.compress.base import Compression
 from kvilt.decode import Scores, Settings, generate
 from kvilt.encoder import Encoder, EncodeReport, Item
 from kvilt.errors import DamagedCache, PromptError, StoreUnavailable
@@ -65,7 +66,13 @@ class Engine:
     Raises UserError for whatever the caller got wrong; a damaged or unusable store never costs an answer."""
 
     def __init__(
-        self, model: Model, text: TextFormat, strategy: Strategy, store: CacheStore, namespace: str = "default"
+        self,
+        model: Model,
+        text: TextFormat,
+        strategy: Strategy,
+        store: CacheStore,
+        namespace: str = "default",
+        compress: str | Compression = "",
     ) -> None:
         self.model, self.text, self.store, self.namespace = model, text, store, namespace
         self.info = model.info(
@@ -75,7 +82,9 @@ class Engine:
             directory=getattr(model.hf, "name_or_path", None) or None,
         )
         self.strategy = strategy.bind(self.info)
-        self.encoder = Encoder(model, text, store, self.strategy.encoding or Encoding(), namespace)
+        self.compression = Compression.of(compress)
+        encoding = self.strategy.encoding or Encoding()
+        self.encoder = Encoder(model, text, store, encoding, namespace, compression=self.compression)
         self._plain = Encoder(model, text, store, Encoding(), namespace)
 
     @classmethod
@@ -89,19 +98,21 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         namespace: str = "default",
+        compress: str | Compression = "",
     ) -> Engine:
-        """Load a model (hub name or folder), a strategy and a store from specification strings.
+        """Load a model (hub name or folder), a strategy, a store and a compression from specification strings.
 
         `dtype` "auto" is the checkpoint's own on CUDA and float32 on a CPU, where it is fastest."""
         loaded, tokenizer = load_model(model, dtype, device)
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         keep = cast(CacheStore, registry.build("store", store)) if isinstance(store, str) else store
-        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace)
+        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, compress)
 
-    def with_strategy(self, strategy: str | Strategy) -> Engine:
-        """The same model and store with another strategy."""
+    def with_strategy(self, strategy: str | Strategy, compress: str | Compression | None = None) -> Engine:
+        """The same model and store with another strategy, and another compression if one is given."""
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
-        return Engine(self.model, self.text, built, self.store, self.namespace)
+        same = self.compression if compress is None else compress
+        return Engine(self.model, self.text, built, self.store, self.namespace, same)
 
     def encode(self, documents: Sequence[Document], **options: Any) -> EncodeReport:
         """Encode and store documents ahead of any question."""

@@ -19,7 +19,8 @@ from kvilt.engine import Engine
 from kvilt.model import Model
 from kvilt.plan import Layout, Plan, Segment
 from kvilt.proof import TOLERANCE
-from kvilt.types import Document, DocumentCache, Encoding, Prompt
+from kvilt.rope import Turned
+from kvilt.types import Document, DocumentCache, Encoding, Prompt, TensorLayers
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Case:
 
     def caches(self) -> tuple[DocumentCache, ...]:
         """The documents' caches, encoded now."""
-        text, encoding = self.engine.text, self.engine.strategy.encoding or Encoding()
-        return tuple(self.model.encode([text.document_ids(d) for d in self.documents], encoding))
+        encoder = self.engine.encoder
+        return tuple(encoder.make(encoder.items(self.documents)))
 
     def prompt(self) -> Prompt:
         """The prompt with freshly made caches."""
@@ -172,7 +173,19 @@ def dense(case: Case) -> float:
 
 
 def _against_dense(model: Model, plan: Plan) -> float:
+    decoded = replace(plan, segments=tuple(map(_decoded, plan.segments)))
+    if decoded.segments != plan.segments:  # packed rows are not those of a pass: compare with the same rows unpacked
+        return deviation(model.run(plan)[0], model.run(decoded)[0])
     return deviation(model.run(plan)[0], model.dense(plan.dense(), plan.learned)[-1])
+
+
+def _decoded(segment: Segment) -> Segment:
+    """The segment with packed rows as plain ones."""
+    cache = segment.cache
+    if cache is None or not isinstance(layers := cache.layers, Turned):
+        return segment
+    keys, values = (tuple(layers.fetch(i, w) for i in range(layers.shape[0])) for w in ("keys", "values"))
+    return replace(segment, cache=replace(cache, layers=TensorLayers(keys, values)))
 
 
 def _all_fresh(plan: Plan) -> Plan:

@@ -35,6 +35,17 @@ TABLE: dict[str, dict[str, str]] = {
         "disk": "kvilt.stores.disk:DiskStore",
         "tiered": "kvilt.stores.tiered:TieredStore",
     },
+    "compress": {
+        "int8": "kvilt.codec:Int8",
+        "int4": "kvilt.codec:Int4",
+        "fp8": "kvilt.codec:Fp8",
+        "keydiff": "kvilt.compress.press:KeyDiff",
+        "knorm": "kvilt.compress.press:KNorm",
+        "leverage": "kvilt.compress.press:Leverage",
+        "cur": "kvilt.compress.press:Cur",
+        "kvzip": "kvilt.compress.press:KVzip",
+        "random": "kvilt.compress.press:Random",
+    },
     "task": {
         "nq": "kvilt.evaluate.tasks.nq:NaturalQuestions",
         "2wiki": "kvilt.evaluate.tasks.two_wiki:TwoWiki",

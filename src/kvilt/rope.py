@@ -6,15 +6,17 @@ Rotations compose, so moving by `d` is one rotation by `d * inv_freq`, whatever 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvilt.codec import Packed
 from kvilt.errors import ModelError
-from kvilt.types import digest_of
+from kvilt.types import DocumentCache, Which, digest_of
 
+Angles = tuple[Tensor, Tensor]  # cos and sin
 SAFE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the length of the prompt
 
 
@@ -31,11 +33,11 @@ class Rope:
     scaling: float = 1.0  # of cos and sin (YaRN): keys carry it, so keys made under another one are other keys
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a rope lives as long as its model)
-    def angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of a move by `by` positions, (rotary_dim / 2,) float32."""
-        return self._angles(torch.tensor(by), device)
+    def _known(self, by: int, device: torch.device) -> Angles:
+        return self.angles(torch.tensor(by), device)
 
-    def _angles(self, by: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(self, by: Tensor, device: torch.device) -> Angles:
+        """cos and sin of moves by `by` positions, (..., rotary_dim / 2) float32."""
         angle = by.cpu()[..., None] * self.inv_freq
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
@@ -46,10 +48,11 @@ class Rope:
             return keys[..., : 2 * half : 2], keys[..., 1 : 2 * half : 2]
         return keys[..., :half], keys[..., half : 2 * half]
 
-    def move(self, keys: Tensor, by: int | Tensor, out: Tensor | None = None) -> Tensor:
+    def move(self, keys: Tensor, by: int | Tensor | Angles, out: Tensor | None = None) -> Tensor:
         """Keys (..., head_dim) moved by `by` positions, computed in float32 and rounded once, written into `out` if given.
 
-        `by` may differ from row to row: int64 (rows,) for keys (..., rows, head_dim). `out` must not overlap `keys`."""
+        `by` may differ from row to row: int64 (rows,) for keys (..., rows, head_dim), or the `angles` of that, made once
+        for all layers. `out` must not overlap `keys`."""
         out = torch.empty_like(keys) if out is None else out
         if isinstance(by, int) and by == 0:
             return out.copy_(keys)
@@ -59,8 +62,10 @@ class Rope:
             return out.copy_(self._rotate(keys, torch.empty_like(keys), by))
         return self._rotate(keys, out, by)
 
-    def _rotate(self, keys: Tensor, out: Tensor, by: int | Tensor) -> Tensor:
-        cos, sin = self.angles(by, keys.device) if isinstance(by, int) else self._angles(by, keys.device)
+    def _rotate(self, keys: Tensor, out: Tensor, by: int | Tensor | Angles) -> Tensor:
+        if not isinstance(by, tuple):
+            by = self._known(by, keys.device) if isinstance(by, int) else self.angles(by, keys.device)
+        cos, sin = by
         (a, b), (x, y) = self.pairs(keys), self.pairs(out)
         torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=y).addcmul_(a, sin)
@@ -74,6 +79,41 @@ class Rope:
         """What the keys depend on, for the cache key."""
         scaled = (str(self.scaling),) if self.scaling != 1.0 else ()
         return digest_of(self.inv_freq, str(self.interleaved), *scaled)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Packed rows as every reader expects them: keys rotated as if the document began at position 0.
+
+    Placing takes the packed rows themselves and rotates once, from none to where each row stands."""
+
+    packed: Packed
+    rope: Rope
+    offsets: Tensor  # (rows,) int64
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.packed.nbytes
+
+    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
+        rows = self.packed.fetch(layer, which, out if which == "values" else None)
+        return self.rope.move(rows, self.offsets, out) if which == "keys" else rows
+
+
+def turned(cache: DocumentCache, rope: Rope) -> DocumentCache:
+    """A cache as strategies and plans read it, whatever it is stored as."""
+    if not isinstance(cache.layers, Packed):
+        return cache
+    return replace(cache, layers=Turned(cache.layers, rope, cache.offsets))
 
 
 def rope_of(hf: nn.Module) -> Rope:

@@ -69,6 +69,14 @@ class TextFormat:
         ids = self._ids(self.head)
         return torch.cat([torch.tensor([self.tokenizer.bos_token_id]), ids]) if self.bos else ids
 
+    def plain_ids(self, text: str) -> Tensor:
+        """Ids of a text by itself, special tokens in it read as ordinary text, (tokens,)."""
+        return self._ids(text, plain=True)
+
+    def title_length(self, document: Document) -> int:
+        """Tokens that a document's title line takes."""
+        return len(self.plain_ids(f"{document.title}\n")) if document.title else 0
+
     def document_ids(self, document: Document) -> Tensor:
         """One document alone: no BOS, no system text, (tokens,). Raises DocumentError when there is nothing to encode."""
         name = document.id or document.title or "without a name"

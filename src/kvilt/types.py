@@ -95,6 +95,10 @@ class Layers(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype that `fetch` returns."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows as they are stored."""
+
     def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
         """The (heads, rows, head_dim) rows of one layer, written into `out` if given.
 
@@ -117,6 +121,11 @@ class TensorLayers:
     @property
     def dtype(self) -> torch.dtype:
         return self.keys[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(rows.nbytes for rows in (*self.keys, *self.values))
 
     def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
         rows = (self.keys if which == "keys" else self.values)[layer]
@@ -146,11 +155,8 @@ class DocumentCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the key and value rows."""
-        if self.layers is None:
-            return 0
-        count, heads, rows, dim = self.layers.shape
-        return 2 * count * heads * rows * dim * self.layers.dtype.itemsize
+        """Bytes of the key and value rows as they are stored."""
+        return 0 if self.layers is None else self.layers.nbytes
 
 
 @dataclass(frozen=True)

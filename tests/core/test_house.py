@@ -24,7 +24,13 @@ MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 10500, 150
 # A module may import what stands above it, and its own unit. Units on one line never import each other.
 LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",), "types": ("types",)},
-    {"registry": ("registry",), "plan": ("plan",), "wrapper": ("wrapper",), "documents": ("documents",)},
+    {
+        "registry": ("registry",),
+        "plan": ("plan",),
+        "wrapper": ("wrapper",),
+        "codec": ("codec",),
+        "documents": ("documents",),
+    },
     {
         "model": ("rope", "attention", "placed", "pace", "support", "identity", "proof", "model", "probe", "loading"),
         "strategies": ("strategies",),

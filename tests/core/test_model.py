@@ -44,6 +44,10 @@ class Watched:
     def dtype(self) -> torch.dtype:
         return self.inner.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
     def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
         self.on_fetch(layer)
         return self.inner.fetch(layer, which, out)

@@ -44,7 +44,7 @@ Question = Annotated[str, Argument(metavar="QUESTION", help="What to answer from
 Ask = Annotated[str, Option("--question", help="What to ask.")]
 Limit = Annotated[int, Option("--limit", min=1, help="Use this many documents.")]
 Tokens = Annotated[int, Option("--tokens", min=1, help="Compare answers of this many tokens.")]
-Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store or task; all if left out.")]
+Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store, compress or task; all if left out.")]
 Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
 ANY_QUESTION = "What do the documents say?"
 
@@ -106,7 +106,7 @@ def doctor(options: Run, docs: SomeDocs = None) -> int:
 
 @verb(app, "list")
 def list_(options: Output, kind: Kind = None) -> None:
-    """List strategies, stores and tasks with their options."""
+    """List strategies, stores, compressors and tasks with their options."""
     from kvilt.cli import show, work
 
     show.catalogue(work.catalogue(kind), options.json)

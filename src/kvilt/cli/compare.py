@@ -49,7 +49,7 @@ def some(documents: list[Document], limit: int) -> list[Document]:
 
 def in_memory(engine: Engine) -> Engine:
     """The same engine with a store of its own: checks leave the user's untouched."""
-    return Engine(engine.model, engine.text, engine.strategy, MemoryStore(), engine.namespace)
+    return Engine(engine.model, engine.text, engine.strategy, MemoryStore(), engine.namespace, engine.compression)
 
 
 def gates(engine: Engine, documents: Sequence[Document], question: str) -> list[GateResult]:
@@ -60,7 +60,7 @@ def gates(engine: Engine, documents: Sequence[Document], question: str) -> list[
 
 def strategies(engine: Engine, spec: str, documents: Sequence[Document], question: str, tokens: int) -> list[Closeness]:
     """The engine's strategy, which `spec` describes, and all others with default options, against full recompute."""
-    full = engine.with_strategy(REFERENCE)
+    full = engine.with_strategy(REFERENCE, compress="")
     answer = full.answer(question, documents, max_new_tokens=tokens)
     wanted = full.score(question, documents, answer.tokens)
     others = [name for name in registry.names("strategy") if name not in (REFERENCE, registry.parse(spec)[0])]

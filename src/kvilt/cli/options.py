@@ -77,6 +77,10 @@ class Run(Stored):
         str,
         Option("--strategy", "-s", help="How caches are reused (kvilt list strategy), with options: kvlink:links=5."),
     ] = "block"
+    compress: Annotated[
+        str,
+        Option("--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."),
+    ] = ""
     dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
     system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
@@ -84,8 +88,10 @@ class Run(Stored):
     def engine(self, *, without_store: bool = False) -> Engine:
         """The engine. With `without_store` one that keeps caches in memory if the store cannot be opened."""
         from kvilt import registry
+        from kvilt.compress.base import Compression
 
         strategy = cast(Any, registry.build("strategy", self.strategy))  # before the model: mistakes show at once
+        smaller = Compression.of(self.compress)
         if not self.model:
             raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
         try:
@@ -99,9 +105,9 @@ class Run(Stored):
             from kvilt.engine import Engine
 
             talk.silence_libraries(self.verbose, self.quiet)
-            kind, place, space = self.dtype, self.device, self.namespace or "default"
+            more: dict[str, Any] = {"system": self.system, "dtype": self.dtype, "device": self.device}
             return Engine.load(
-                self.model, strategy, store, system=self.system, dtype=kind, device=place, namespace=space
+                self.model, strategy, store, namespace=self.namespace or "default", compress=smaller, **more
             )
 
 

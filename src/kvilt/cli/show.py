@@ -171,11 +171,12 @@ def entries(found: Sequence[Entry], as_data: bool) -> None:
             e.hits,
             ago(e.used),
             "pinned" if e.pinned else "",
+            e.fields.get("compression", ""),
             e.namespace,
         )
         for e in found
     ]
-    table(("key", "title", "tokens>", "size>", "hits>", "used", "", "namespace"), rows)
+    table(("key", "title", "tokens>", "size>", "hits>", "used", "", "compression", "namespace"), rows)
 
 
 def entry(found: Entry, as_data: bool) -> None:

@@ -21,14 +21,15 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from kvilt.codec import CODECS, Packed, Spec
 from kvilt.errors import DamagedCache
-from kvilt.stores.layers import FileLayers, Header, Span
+from kvilt.stores.layers import FileLayers, Header, PackedFile, Span
 from kvilt.stores.process import Owner
 from kvilt.types import CacheKey, DocumentCache
 
 VERSION = "1"
 SUFFIX = ".safetensors"
-READERS: dict[str, type[FileLayers]] = {"raw": FileLayers}  # codec -> how its rows are read
+READERS: dict[str, type[FileLayers]] = {"raw": FileLayers, **dict.fromkeys(CODECS, PackedFile)}  # by codec
 
 _DTYPES = {
     "F64": torch.float64,
@@ -47,7 +48,7 @@ _DIGEST_AT = 8 + len(_OPENING)
 _PAGE = 4096
 _MAX_HEADER = 64 << 20
 
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Shapes = dict[str, Spec]
 
 
 def write_file(
@@ -124,7 +125,7 @@ def _metadata(
     return {
         "format": "kvilt",
         "version": VERSION,
-        "codec": "raw",
+        "codec": cache.layers.codec.name if isinstance(cache.layers, Packed) else "raw",
         "key": cache.key.digest,
         "fields": json.dumps(asdict(cache.key)),
         "length": str(cache.length),
@@ -140,9 +141,11 @@ def _shapes(cache: DocumentCache) -> Shapes:
     """Dtype and shape of every tensor, in file order."""
     if cache.layers is None:
         raise ValueError("a document that was tokenised only has no rows to store")
-    count, *block = cache.layers.shape
     shapes: Shapes = {"tokens": (torch.int64, tuple(cache.tokens.shape))}
     shapes["offsets"] = (torch.int64, tuple(cache.offsets.shape))
+    if isinstance(cache.layers, Packed):
+        return {**shapes, **cache.layers.specs}
+    count, *block = cache.layers.shape
     for i in range(count):
         shapes[f"keys.{i}"] = shapes[f"values.{i}"] = (cache.layers.dtype, tuple(block))
     return shapes
@@ -152,6 +155,9 @@ def _tensors(cache: DocumentCache) -> Iterator[tuple[str, Tensor]]:
     yield "tokens", cache.tokens
     yield "offsets", cache.offsets
     assert cache.layers is not None
+    if isinstance(cache.layers, Packed):
+        yield from ((name, cache.layers.read(name)) for name in cache.layers.specs)
+        return
     for i in range(cache.layers.shape[0]):
         yield f"keys.{i}", cache.layers.fetch(i, "keys")
         yield f"values.{i}", cache.layers.fetch(i, "values")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
+from kvilt.codec import CODECS, Packed, Spec
 from kvilt.errors import DamagedCache
 from kvilt.types import CacheKey, Which
 
@@ -63,22 +64,34 @@ _scratch = _Scratch()
 
 
 class FileLayers:
-    """Keys and values of one file (codec `raw`). Another codec is a subclass that fetches through `read`."""
+    """Keys and values of one file (codec `raw`)."""
 
     def __init__(self, fd: int, header: Header) -> None:
         self._fd = fd  # kept open: an evicted file stays readable for whoever found it before
         self.header = header
-        heads, rows, dim = header.spans["keys.0"].shape
-        self._shape = (sum(name.startswith("keys.") for name in header.spans), heads, rows, dim)
+        rows = {name: s for name, s in header.spans.items() if name.startswith(("keys.", "values."))}
+        self._specs = {name: (span.dtype, span.shape) for name, span in rows.items()}
+        self._nbytes = sum(span.end - span.start for span in rows.values())
         self._close = weakref.finalize(self, os.close, fd)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._shape
+        heads, rows, dim = self.header.spans["keys.0"].shape
+        return len(self.specs) // 2, heads, rows, dim
 
     @property
     def dtype(self) -> torch.dtype:
         return self.header.spans["keys.0"].dtype
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Dtype and shape of every tensor of rows."""
+        return self._specs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows as stored."""
+        return self._nbytes
 
     def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
         """The (heads, rows, head_dim) rows of one layer, written into `out` if given.
@@ -115,6 +128,14 @@ class FileLayers:
             offset += want
         if hasher.hexdigest() != span.digest:
             raise DamagedCache(self.header.key.digest, f"{name} does not match its digest")
+
+
+class PackedFile(Packed, FileLayers):
+    """Keys and values of one file whose codec is not `raw`: read and verified in the same way, decoded when fetched."""
+
+    def __init__(self, fd: int, header: Header) -> None:
+        FileLayers.__init__(self, fd, header)
+        self.codec = CODECS[header.codec]
 
 
 def _takes_bytes(out: Tensor, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from kvilt.codec import Packed, PackedLayers
 from kvilt.stores.base import CacheStore, Entry, StoreStats
 from kvilt.stores.policy import Limits, Standing, make_policy
 from kvilt.types import CacheKey, DocumentCache, TensorLayers
@@ -163,12 +164,17 @@ def _owned(cache: DocumentCache) -> DocumentCache:
     layers = cache.layers
     if layers is None:
         raise ValueError("a document that was tokenised only has no rows to store")
-    if isinstance(layers, TensorLayers) and all(map(_is_whole, (*layers.keys, *layers.values))):
+    held = isinstance(layers, TensorLayers) and (*layers.keys, *layers.values)
+    held = tuple(layers.parts.values()) if isinstance(layers, PackedLayers) else held
+    if held and all(map(_is_whole, held)):
         return cache
     count, *block = layers.shape
     with torch.inference_mode(False):  # a tensor born in inference mode could never serve a trainer
-        rows = torch.empty(2, count, *block, dtype=layers.dtype)  # one allocation for all layers
         tokens, offsets = cache.tokens.cpu().clone(), cache.offsets.cpu().clone()
+        if isinstance(layers, Packed):
+            parts = {name: layers.read(name).clone() for name in layers.specs}
+            return dataclasses.replace(cache, tokens=tokens, offsets=offsets, layers=PackedLayers(layers.codec, parts))
+        rows = torch.empty(2, count, *block, dtype=layers.dtype)  # one allocation for all layers
     for i in range(count):
         with torch.no_grad():
             layers.fetch(i, "keys", rows[0, i])

@@ -43,6 +43,11 @@ class Planned:
         """No data, any dtype."""
         return torch.float32
 
+    @property
+    def nbytes(self) -> int:
+        """No data, no bytes."""
+        return 0
+
     def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
         """Raises RuntimeError: there is nothing to fetch."""
         raise RuntimeError("a planned cache holds no keys and values")

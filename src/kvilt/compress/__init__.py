@@ -1,0 +1,1 @@
+"""Smaller document caches: shorter texts, fewer rows, fewer bits."""

@@ -1,0 +1,100 @@
+"""Up to three kinds of compression in one specification: "llmlingua2:rate=0.5+keydiff:keep=0.5+int8"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from kvilt import registry
+from kvilt.codec import Codec, PackedLayers
+from kvilt.errors import SpecError
+from kvilt.plan import Plan
+from kvilt.types import Document, DocumentCache
+
+KINDS = ("text", "rows", "numbers")  # in the order in which they are applied
+
+
+class Probe(Protocol):
+    """Runs plans for a press that asks the model."""
+
+    def attention(
+        self, plan: Plan, layers: Sequence[int], pool: Literal["mean", "max", "norm"] = "mean", last: int | None = None
+    ) -> Tensor:
+        """Attention that each row of a plan gets from its last `last` computed tokens, (layers, rows)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A document as it was just encoded, and what a press may look at."""
+
+    cache: DocumentCache
+    around: tuple[int, int]  # kept rows before and after the document's own
+    title: int  # tokens of the title
+    turn: Callable[[Tensor, Tensor], Tensor]  # moves keys by so many positions
+    probe: Probe
+    tokenize: Callable[[str], Tensor]
+    context: int  # positions that the model has
+
+    def flat(self, keys: Tensor) -> Tensor:
+        """Keys of this document without any rotation, float32."""
+        return self.turn(keys.float(), -self.cache.offsets)
+
+
+class Shortener(Protocol):
+    """Compression of kind "text"."""
+
+    def shorten(self, text: str) -> str:
+        """The text with fewer words."""
+
+
+class Press(Protocol):
+    """Compression of kind "rows"."""
+
+    def press(self, made: Made) -> DocumentCache:
+        """The cache with fewer rows; places that lost theirs are neither reused nor computed."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """At most one of each kind; nothing by default."""
+
+    text: Shortener | None = None
+    rows: Press | None = None
+    numbers: Codec | None = None
+
+    @classmethod
+    def of(cls, spec: str | Compression) -> Compression:
+        """From names joined by "+", in any order. Raises SpecError."""
+        if isinstance(spec, Compression):
+            return spec
+        found: dict[str, object] = {}
+        for part in filter(None, re.split(r"\+(?=[a-z]\w*(?:[:+]|$))", spec)):
+            made = registry.build("compress", part)
+            kind = str(getattr(made, "kind", ""))
+            if kind not in KINDS or kind in found:
+                raise SpecError(f"compress={spec!r}: at most one compressor of each kind ({', '.join(KINDS)}).")
+            found[kind] = made
+        return cls(**found)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return "+".join(repr(part) for part in (self.text, self.rows, self.numbers) if part is not None)
+
+    def identity(self, title: int) -> str:
+        """What of it shapes a cache, for the cache key: presses never drop the title, so its length counts."""
+        return f"{self} title={title}" if self.rows is not None and title else str(self)
+
+    def shorten(self, document: Document) -> Document:
+        """The document with a shorter text, its title as it is."""
+        return document if self.text is None else replace(document, text=self.text.shorten(document.text))
+
+    def apply(self, made: Made) -> DocumentCache:
+        """Drop rows, then pack what is left."""
+        cache = made.cache if self.rows is None else self.rows.press(made)
+        if self.numbers is None or cache.layers is None:
+            return cache
+        flat = replace(made, cache=cache).flat
+        return replace(cache, layers=PackedLayers.of(cache.layers, self.numbers, flat))
