@@ -32,7 +32,10 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
         "documents": ("documents",),
     },
     {
-        "model": ("rope", "attention", "placed", "pace", "support", "identity", "proof", "model", "probe", "loading"),
+        "model": (
+            *("rope", "attention", "pieces", "placed", "pace"),
+            *("support", "identity", "proof", "model", "probe", "loading"),
+        ),
         "strategies": ("strategies",),
         "stores": ("stores",),
         "compress": ("compress",),

@@ -42,7 +42,7 @@ class Press(ABC):
         """What each row is worth, (rows,)."""
 
     def press(self, made: Made) -> DocumentCache:
-        """The cache with its best rows. The same document always loses the same rows."""
+        """The cache with its best rows."""
         cache, places = made.cache, made.cache.offsets
         if self.keep == 1:
             return cache

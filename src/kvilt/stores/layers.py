@@ -137,6 +137,9 @@ class PackedFile(Packed, FileLayers):
         FileLayers.__init__(self, fd, header)
         self.codec = CODECS[header.codec]
 
+    specs = FileLayers.specs
+    read = FileLayers.read
+
 
 def _takes_bytes(out: Tensor, dtype: torch.dtype) -> bool:
     if out.device.type != "cpu" or out.dtype != dtype:
