@@ -103,10 +103,11 @@ class Engine:
         """Load a model (hub name or folder), a strategy, a store and a compression from specification strings.
 
         `dtype` "auto" is the checkpoint's own on CUDA and float32 on a CPU, where it is fastest."""
+        smaller = Compression.of(compress)  # before the model: mistakes show at once
         loaded, tokenizer = load_model(model, dtype, device)
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         keep = cast(CacheStore, registry.build("store", store)) if isinstance(store, str) else store
-        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, compress)
+        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, smaller)
 
     def with_strategy(self, strategy: str | Strategy, compress: str | Compression | None = None) -> Engine:
         """The same model and store with another strategy, and another compression if one is given."""

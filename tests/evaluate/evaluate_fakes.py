@@ -24,6 +24,7 @@ class FakeEngine:
     calls: list = field(default_factory=list)
     digest: str = "m" * 64
     fail_after: int | None = None
+    compression: str = ""
 
     @property
     def info(self):
@@ -33,8 +34,9 @@ class FakeEngine:
     def encoder(self):
         return SimpleNamespace(encoding=Encoding())
 
-    def with_strategy(self, strategy):
-        return replace(self, strategy=strategy if isinstance(strategy, FakeStrategy) else FakeStrategy(strategy))
+    def with_strategy(self, strategy, compress=None):
+        made = strategy if isinstance(strategy, FakeStrategy) else FakeStrategy(strategy)
+        return replace(self, strategy=made, compression=self.compression if compress is None else compress)
 
     def encode(self, documents):
         self.calls.append(("encode", self.strategy.name))

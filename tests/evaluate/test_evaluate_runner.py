@@ -167,7 +167,7 @@ def test_report(tmp_path, spec):
     assert (tmp_path / "out" / "report.md").read_text() == text
     table = [line for line in text.partition("## qa (v1)")[2].splitlines() if line.startswith("| lossy")]
     assert table[0].startswith("| lossy | 50.0 [12.5, 87.5] | -50.0 [-87.5, -12.5] | 50.0 |")
-    assert table[0].endswith("| 0.500 | 250.0 | 8 |")
+    assert table[0].endswith("| 0.500 | 250.0 | 0 | 8 |")
     assert "| full | 100.0 [67.6, 100.0] |  | 100.0 | 100.0 | 0.0000 | 1.000 | 250.0 | 8 |" in text
     assert "## biography count=4 (v1)" in text
     assert "| accuracy by needed | 1 |" in text
@@ -220,3 +220,24 @@ def test_with_a_real_engine(tmp_path, model_dir, spec):
     assert all(r["kl"] > 0 for r in naive)
     assert json.loads(paths[2].read_text().splitlines()[0])["model"] == engine.info.digest
     assert "naive" in report(tmp_path / "out")
+
+
+def test_every_strategy_runs_with_every_compression_against_an_uncompressed_reference(tmp_path, model_dir, spec):
+    """Danger: full recompute or the floor is compressed, too, or a row reads the plain copy."""
+    from kvilt.engine import Engine
+
+    engine = Engine.load(str(model_dir), "full", "memory", compress="int4")
+    task, chosen = spec + ",answer_tokens=3", ["naive", "epic:tokens=2"]
+    paths = run(engine, chosen, task, tmp_path / "out", limit=1, compressions=["", "int8", "keydiff+int8"])
+    names = [json.loads(p.read_text().splitlines()[0])["name"] for p in paths]
+    assert names[:3] == ["full", "no documents", "naive"]
+    assert names[3:] == [
+        "naive + int8",
+        "naive + keydiff+int8",
+        *(f"epic:tokens=2{c}" for c in ("", " + int8", " + keydiff+int8")),
+    ]
+    bytes_ = [read(p)[1][0]["usage"]["bytes_loaded"] for p in paths[2:5]]
+    assert bytes_[0] > 1.5 * bytes_[1] > 1.5 * bytes_[2] > 0
+    assert "int8" in report(tmp_path / "out")
+    assert len(run(engine, chosen, task, tmp_path / "own", limit=1)) == 4
+    assert "Int4()" in (tmp_path / "own").joinpath(paths[2].name.replace("naive", "naive_Int4")).read_text()

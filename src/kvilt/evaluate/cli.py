@@ -33,6 +33,9 @@ def run(
     model: Annotated[str, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")],
     out: Out,
     strategy: Annotated[list[str] | None, Option("--strategy", "-s", help="Strategies; full is always run.")] = None,
+    compress: Annotated[
+        list[str] | None, Option("--compress", help="Compressions to run every strategy with ('' is none).")
+    ] = None,
     store: Annotated[str, Option("--store", envvar="KVILT_STORE", help="Where caches are kept.")] = "memory:budget=2GB",
     limit: Annotated[int | None, Option("--limit", help="Samples (default: all).")] = None,
     seed: Annotated[int, Option("--seed", help="Of the draw, and of the documents' order.")] = 0,
@@ -56,7 +59,8 @@ def run(
     text = system if system is not None else getattr(made, "system", None)
     engine = Engine.load(model, "full", store, system=text, dtype=dtype, device=device)
     chosen = strategy or ["naive", "block", "epic:tokens=16"]
-    runner.run(engine, chosen, made, out, limit, seed, _Meter(), shuffle=shuffle)  # type: ignore[arg-type]
+    more = {"shuffle": shuffle, "compressions": compress or []}
+    runner.run(engine, chosen, made, out, limit, seed, _Meter(), **more)  # type: ignore[arg-type]
     typer.echo(reports.report(out))
 
 

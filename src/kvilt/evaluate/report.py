@@ -28,6 +28,7 @@ _COLUMNS = (
     "KL",
     "charged",
     "TTFT ms",
+    "kB read",
     "n",
 )
 
@@ -132,6 +133,7 @@ def _cells(rows: Rows, full: Rows | None) -> list[str]:
         _number(rows.mean("kl"), 4),
         _number(rows.mean("usage", "charged"), 3),
         _number(_times(rows.median("usage", "ttft_s"), 1000), 1),
+        _number(_times(rows.median("usage", "bytes_loaded"), 1e-3), 0),
         str(len(rows.records)),
     ]
 

@@ -61,6 +61,7 @@ def run(
     *,
     shuffle: bool = False,
     first: bool = False,
+    compressions: Sequence[str] = (),
 ) -> list[Path]:
     """Answer `limit` samples (all if None) with every strategy; returns the record files.
 
@@ -74,7 +75,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lanes = []
-        for role, label, one in _rows(engine, strategies):
+        for role, label, one in _rows(engine, strategies, compressions or [engine.compression]):
             file = out / f"{slug(task.label)}--{slug(label)}.jsonl"
             header = {**_header(role, label, one, task), "seed": seed, "shuffle": shuffle}
             lanes.append(Lane(role, label, one, stack.enter_context(closing(RecordFile(file, header)))))
@@ -109,16 +110,21 @@ def _shuffled(sample: Sample, seed: int) -> Sample:
     return replace(sample, documents=documents, metadata={**sample.metadata, "gold": gold})
 
 
-def _rows(engine: Engine, strategies: Sequence[Any]) -> list[tuple[str, str, Engine]]:
-    """(role, label, engine) of full recompute, the floor, and every strategy that is not full recompute."""
-    full = engine.with_strategy("full")
-    chosen: dict[str, tuple[str, str, Engine]] = {}
+def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]) -> list[tuple[str, str, Engine]]:
+    """(role, label, engine) of full recompute, the floor, and every other strategy with every compression."""
+    full = engine.with_strategy("full", compress="")
+    chosen = {_row_key(full): ("full", "full", full), ("floor",): ("floor", "no documents", full)}
     for strategy in strategies:
-        other = engine.with_strategy(strategy)
-        if repr(other.strategy) != repr(full.strategy):
+        for compress in compressions:
             label = strategy if isinstance(strategy, str) else repr(strategy)
-            chosen.setdefault(repr(other.strategy), ("strategy", label, other))
-    return [("full", "full", full), ("floor", "no documents", full), *chosen.values()]
+            other = engine.with_strategy(strategy, compress)
+            smaller = str(compress)
+            chosen.setdefault(_row_key(other), ("strategy", f"{label} + {smaller}" if smaller else label, other))
+    return list(chosen.values())
+
+
+def _row_key(engine: Engine) -> tuple[str, ...]:
+    return repr(engine.strategy), str(engine.compression)
 
 
 def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]:
@@ -138,6 +144,7 @@ def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]
         "model": engine.info.digest,
         "system": digest_of(str(engine.info.system))[:16],
         "kvilt": getattr(kvilt, "__version__", "unknown"),
+        **({"compression": str(engine.compression)} if str(engine.compression) else {}),
     }
 
 
