@@ -168,7 +168,7 @@ def test_report(tmp_path, spec):
     table = [line for line in text.partition("## qa (v1)")[2].splitlines() if line.startswith("| lossy")]
     assert table[0].startswith("| lossy | 50.0 [12.5, 87.5] | -50.0 [-87.5, -12.5] | 50.0 |")
     assert table[0].endswith("| 0.500 | 250.0 | 0 | 8 |")
-    assert "| full | 100.0 [67.6, 100.0] |  | 100.0 | 100.0 | 0.0000 | 1.000 | 250.0 | 8 |" in text
+    assert "| full | 100.0 [67.6, 100.0] |  | 100.0 | 100.0 | 0.0000 | 1.000 | 250.0 | 0 | 8 |" in text
     assert "## biography count=4 (v1)" in text
     assert "| accuracy by needed | 1 |" in text
     order = [rows.header["name"] for rows in load(tmp_path / "out")["qa (v1)"]]
