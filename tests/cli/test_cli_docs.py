@@ -14,7 +14,7 @@ from cli_kit import run, write_documents
 from kvilt.cli import cache
 from kvilt.cli.app import app
 
-MOUNTED = {"bench", "evaluate", "train", "demo"}
+MOUNTED = {"bench", "evaluate", "calibrate", "train", "demo"}
 
 
 def names(of: typer.Typer) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def test_watching_a_pass_does_not_change_it() -> None:
 def test_a_profile_is_for_one_model(tmp_path: Path) -> None:
     """Danger: numbers calibrated for one model silently serve another."""
     path, info = tmp_path / "ape.json", zoo.model_of("llama").info()
-    ApeProfile(0.6, 1.1, info.digest, 0.5).save(path)
+    ApeProfile(0.6, 1.1, info.digest, 0.5, 0.7).save(path)
     engine = engine_of(f"ape:profile={path}")
     assert repr(engine.strategy) == f"Ape(temperature=0.6, scale=1.1, profile='{path}')"
     assert engine.with_strategy(engine.strategy).strategy == engine.strategy
@@ -144,7 +144,7 @@ def test_a_profile_is_for_one_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"temperature": 1}', "NAN", "OTHER"])
 def test_a_profile_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     """Danger: a file of something else is a traceback, or a temperature of zero."""
-    good = {"temperature": 0.9, "scale": 0.9, "model": zoo.model_of("llama").digest, "kl": 0.1, "format": "kvilt-ape-1"}
+    good = asdict(ApeProfile(0.9, 0.9, zoo.model_of("llama").digest, 0.1, 0.2))
     changed = {"NAN": {**good, "scale": -1.0}, "OTHER": {**good, "format": "else"}}
     (tmp_path / "ape.json").write_text(json.dumps(changed[text]) if text in changed else text)
     with pytest.raises(SpecError, match="ape: "):

@@ -114,5 +114,6 @@ def list_(options: Output, kind: Kind = None) -> None:
 
 mount.add(app, "bench", "kvilt.bench.cli", "Measure time to first token, load and encoding.")
 mount.add(app, "evaluate", "kvilt.evaluate.cli", "Measure answer quality on datasets.")
+mount.add(app, "calibrate", "kvilt.evaluate.calibrate", "Fit a method's settings to your model and documents: ape.")
 mount.add(app, "train", "kvilt.train.cli", "Train what a strategy needs: kvlink, packet.")
 mount.add(app, "demo", "kvilt.demo", "See it work on the built-in model and documents.")

@@ -24,7 +24,8 @@ class ApeProfile:
     temperature: float
     scale: float
     model: str  # digest of the weights
-    kl: float  # to full recompute, nats per token, over the prompts it was calibrated on
+    kl: float  # to full recompute, nats per token, over prompts that were not used to choose
+    plain: float  # the same of temperature and scale 1
     format: str = FORMAT
 
     def save(self, path: str | Path) -> None:
