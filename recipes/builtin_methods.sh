@@ -18,7 +18,7 @@ wrapper() {
 # KVLink: every weight is trained, from the data's own answers.
 kvlink() {
     kvilt train kvlink --model builtin --out "$out/kvlink$1" --set "links=$1" --set slots=18 --set max_tokens=2048 \
-        --set steps=800 --set batch=32 --set micro_batch=16 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
+        --set steps=500 --set batch=32 --set micro_batch=16 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
         "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
 }
 all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
@@ -28,11 +28,11 @@ for name in "$@"; do
     # shellcheck disable=SC2086
     case $name in
     kvlink*) kvlink "${name#kvlink}" ;;
-    packet) wrapper packet packet --set steps=300 $all ;;
-    linked) wrapper linked-packet linked --set links=5 --set steps=400 $all ;;
-    linked_tail) wrapper linked-packet linked_tail --set links=8 --set layout=tail --set steps=300 $all ;;
-    packet_biography) wrapper packet packet_biography --set steps=200 "$out/few/biography.jsonl" ;;
-    packet_babi) wrapper packet packet_babi --set steps=200 "$out/few/babi.jsonl" ;;
+    packet) wrapper packet packet --set steps=250 $all ;;
+    linked) wrapper linked-packet linked --set links=5 --set steps=300 $all ;;
+    linked_tail) wrapper linked-packet linked_tail --set links=8 --set layout=tail --set steps=200 $all ;;
+    packet_biography) wrapper packet packet_biography --set steps=100 "$out/few/biography.jsonl" ;;
+    packet_babi) wrapper packet packet_babi --set steps=100 "$out/few/babi.jsonl" ;;
     *) echo "unknown training: $name" >&2; exit 2 ;;
     esac
 done
