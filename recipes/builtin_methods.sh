@@ -18,7 +18,7 @@ wrapper() {
 # KVLink: every weight is trained, from the data's own answers.
 kvlink() {
     kvilt train kvlink --model builtin --out "$out/kvlink$1" --set "links=$1" --set slots=18 --set max_tokens=2048 \
-        --set steps=500 --set batch=32 --set micro_batch=16 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
+        --set steps=550 --set batch=16 --set micro_batch=8 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
         "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
 }
 all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"

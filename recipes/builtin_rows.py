@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,26 @@ SEED = 77  # the base model's own training draws from other seeds
 PAGES = 18  # documents of a sample at most: as many slots as the tokenizer's reserved tokens give five links each
 
 
-def row(sample: Sample, question: Question) -> dict[str, Any]:
+MORE = 9  # further questions of a row at most
+
+
+def row(rng: random.Random, sample: Sample, question: Question) -> dict[str, Any]:
     """One JSON line; the order of the pages carries meaning, since chunks refer to what stands before them."""
+    earlier = [q for q in sample.questions if q is not question and q.after <= question.after]
+    further = [{"question": q.text, "answers": [q.answer], "documents": q.after} for q in mixed(rng, earlier)[:MORE]]
     pages = [{"title": p.title, "text": p.text} if p.title else p.text for p in sample.pages[: question.after]]
-    return {
-        "documents": pages,
-        "question": question.text,
-        "answers": [question.answer],
-        "ordered": True,
-        "split": "train",
-    }
+    asked = {"question": question.text, "answers": [question.answer], "further": further}
+    return {"documents": pages, **asked, "ordered": True, "split": "train"}
+
+
+def mixed(rng: random.Random, questions: list[Question]) -> list[Question]:
+    """In random order, kinds by turns."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for question in rng.sample(questions, len(questions)):
+        turns.append((seen[question.kind], len(turns), question))
+        seen[question.kind] += 1
+    return [question for _, _, question in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def biographies(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
@@ -39,7 +49,7 @@ def biographies(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
         for question in sample.questions:
             kinds[question.kind].append(question)
         if kinds and len(sample.pages) <= PAGES:
-            yield row(sample, rng.choice(kinds[rng.choice(sorted(kinds))]))
+            yield row(rng, sample, rng.choice(kinds[rng.choice(sorted(kinds))]))
 
 
 def tales(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
@@ -47,7 +57,7 @@ def tales(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     for _ in range(count):
         sample = stories.build(rng, "train", rng.randint(2, 10))
         if sample.questions:
-            yield row(sample, rng.choice(sample.questions))
+            yield row(rng, sample, rng.choice(sample.questions))
 
 
 def statements(rng: random.Random, count: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -57,7 +67,7 @@ def statements(rng: random.Random, count: int, folder: Path) -> Iterator[dict[st
         sample = rng.choice(per_task[babi.TASKS[index % len(babi.TASKS)]])
         question = rng.choice(sample.questions)
         if question.after <= PAGES:
-            yield row(sample, question)
+            yield row(rng, sample, question)
 
 
 def main() -> None:

@@ -18,6 +18,15 @@ TRAIN_SPLITS, HELD_OUT_SPLITS = ("train", "training"), ("train", "training", "de
 
 
 @dataclass(frozen=True)
+class Further:
+    """One more question about the first `documents` documents of a sample."""
+
+    question: str
+    answer: str
+    documents: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """Documents and what is asked about them; `where` names the origin in messages."""
 
@@ -29,13 +38,24 @@ class Sample:
     reuse: bool = True  # False: trained as an ordinary prompt with full attention (KVLink's "standard" tasks)
     plain: bool = False  # answers[0] is a text without any prompt, every token of which is learned
     where: str = "sample"
+    further: tuple[Further, ...] = ()  # learned in the same pass; questions do not see each other
 
     @property
     def digest(self) -> str:
         """What the sample asks about what, whatever the order of its documents."""
+        asked = (part for f in self.further for part in (f.question, str(f.documents)))
         return digest_of(
-            self.question, *sorted(d.content for d in self.documents), *(self.answers if self.plain else ())
+            self.question, *sorted(d.content for d in self.documents), *(self.answers if self.plain else ()), *asked
         )
+
+    @property
+    def each(self) -> Iterator[Sample]:
+        """The sample's questions, one sample each."""
+        yield replace(self, further=())
+        for f in self.further:
+            yield replace(
+                self, question=f.question, answers=(f.answer,), documents=self.documents[: f.documents], further=()
+            )
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,20 @@ def qa_sample(row: dict[str, Any], where: str) -> Sample:
         tuple(gold or ()),
         bool(row.get("ordered")),
         where=where,
+        further=tuple(_further(q, len(documents), bool(row.get("ordered")), where) for q in row.get("further") or ()),
     )
+
+
+def _further(raw: Any, count: int, ordered: bool, where: str) -> Further:
+    """One of a row's further questions; it may be asked earlier only where documents keep their order."""
+    number = raw.get("documents", count) if isinstance(raw, dict) else 0
+    answers = answers_of(raw) if isinstance(raw, dict) else ()
+    fits = isinstance(number, int) and 0 < number <= count and (ordered or number == count)
+    if not isinstance(number, int) or not fits or not answers or not str(raw.get("question") or "").strip():
+        raise TrainError(
+            f'{where}: each of "further" needs a question, answers and, if the row is ordered, the number of documents.'
+        )
+    return Further(str(raw["question"]), answers[0], number)
 
 
 def answers_of(row: dict[str, Any]) -> tuple[str, ...]:
@@ -198,7 +231,7 @@ def draw(sample: Sample, view: int, seed: int, fewest: int = 0, free: bool = Fal
     rng = random.Random(f"draw/{seed}/{view}/{sample.digest}")
     chosen = list(range(len(sample.documents)))
     rest = [i for i in chosen if i not in sample.gold]
-    if fewest and rest and (sample.gold or free):
+    if fewest and rest and (sample.gold or free) and not sample.further:
         least = max(fewest, len(sample.gold))
         count = rng.randint(min(least, len(chosen)), len(chosen))
         chosen = [*sample.gold, *rng.sample(rest, count - len(sample.gold))]

@@ -124,12 +124,12 @@ def answer_ids(text: TextFormat, answer: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sample as one ordinary pass; its last len(labels) rows predict the labels."""
+    """Samples as one ordinary pass; its last len(labels) rows predict the labels."""
 
     tokens: Tensor  # (rows,) int64, below zero: learned vectors
     positions: Tensor  # (rows,)
     mask: Tensor  # (rows, rows) bool
-    labels: Tensor  # (answer,) int64, empty to predict one token freely
+    labels: Tensor  # (last,) int64, IGNORE where nothing is learned; empty to predict one token freely
 
 
 def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
@@ -148,6 +148,33 @@ def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
 def _plain(ids: Tensor) -> Row:
     places = torch.arange(len(ids) - 1)
     return Row(ids[:-1], places, places[None] <= places[:, None], ids[1:])
+
+
+def merged(rows: Sequence[Row]) -> Row:
+    """Rows that begin alike as one: behind the longest stands what the others do not share with it, unseen by each other."""
+    base, *others = sorted(rows, key=lambda row: -len(row.tokens))
+    cuts = [_alike(row, base) for row in others]
+    sizes = [len(row.tokens) - cut for row, cut in zip(others, cuts, strict=True)]
+    at, total = len(base.tokens), len(base.tokens) + sum(sizes)
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    mask[:at, :at] = base.mask
+    for row, cut, size in zip(others, cuts, sizes, strict=True):
+        mask[at : at + size, :cut] = row.mask[cut:, :cut]
+        mask[at : at + size, at : at + size] = row.mask[cut:, cut:]
+        at += size
+    return Row(
+        torch.cat([base.tokens, *(row.tokens[cut:] for row, cut in zip(others, cuts, strict=True))]),
+        torch.cat([base.positions, *(row.positions[cut:] for row, cut in zip(others, cuts, strict=True))]),
+        mask,
+        torch.cat([base.labels, *(_left(r.labels, size, IGNORE) for r, size in zip(others, sizes, strict=True))]),
+    )
+
+
+def _alike(a: Row, b: Row) -> int:
+    """How many rows both begin with: the same tokens at the same positions, none of which predicts a label."""
+    size = min(len(a.tokens) - len(a.labels), len(b.tokens) - len(b.labels))
+    same = (a.tokens[:size] == b.tokens[:size]) & (a.positions[:size] == b.positions[:size])
+    return size if bool(same.all()) else int(same.long().argmin())
 
 
 @dataclass(frozen=True, eq=False)

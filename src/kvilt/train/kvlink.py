@@ -18,7 +18,7 @@ from kvilt.errors import MissingExtra, ModelError, TrainError
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.text import TextFormat
 from kvilt.train.data import Pick, Sample, Source, check_disjoint, draw, schedule, sources_of, split_held_out
-from kvilt.train.dense import Row, parts_of, row_of
+from kvilt.train.dense import Row, merged, parts_of, row_of
 from kvilt.train.hf import Settings, run
 from kvilt.train.job import Report
 from kvilt.train.tokens import link_tokens
@@ -61,10 +61,11 @@ class Rows(Dataset[Row]):
         return self.row(draw(self.sources[pick.source].samples[pick.index], pick.view, c.seed, c.fewest), index)
 
     def row(self, sample: Sample, number: int) -> Row:
-        """One sample. Raises TrainError when it is longer than `max_tokens`."""
+        """One sample with all its questions. Raises TrainError when it is longer than `max_tokens`."""
         c, text = self.config, self.formats[number % len(self.formats)]
-        parts = parts_of(text, sample)
-        row = row_of(self.strategy, parts, parts.answer[: c.max_tokens if sample.plain else c.answer_tokens])
+        longest = c.max_tokens if sample.plain else c.answer_tokens
+        each = (parts_of(text, one) for one in sample.each)
+        row = merged([row_of(self.strategy, parts, parts.answer[:longest]) for parts in each])
         if len(row.tokens) > c.max_tokens:
             raise TrainError(f"{sample.where}: {len(row.tokens)} tokens with its answer, max_tokens is {c.max_tokens}.")
         return row
@@ -151,7 +152,8 @@ def _tests(rows: Rows, held_out: Sequence[Sample]) -> Rows:
 
 
 def _characters(sample: Sample) -> int:
-    return sum(len(d.text) for d in sample.documents) + sum(map(len, sample.answers[:1]))
+    asked = sum(len(f.question) + len(f.answer) for f in sample.further)
+    return sum(len(d.text) for d in sample.documents) + sum(map(len, sample.answers[:1])) + asked
 
 
 def _check_lengths(rows: Rows, sources: Sequence[Source], context: int) -> None:
