@@ -29,8 +29,8 @@ for name in "$@"; do
     case $name in
     kvlink*) kvlink "${name#kvlink}" ;;
     packet) wrapper packet packet --set steps=250 $all ;;
-    linked) wrapper linked-packet linked --set links=5 --set steps=300 $all ;;
-    linked_tail) wrapper linked-packet linked_tail --set links=8 --set layout=tail --set steps=200 $all ;;
+    linked) wrapper linked-packet linked --set "start=$out/packet/wrapper.safetensors" --set links=5 --set steps=300 $all ;;
+    linked_tail) wrapper linked-packet linked_tail --set "start=$out/packet/wrapper.safetensors" --set links=8 --set layout=tail --set steps=200 $all ;;
     packet_biography) wrapper packet packet_biography --set steps=100 "$out/few/biography.jsonl" ;;
     packet_babi) wrapper packet packet_babi --set steps=100 "$out/few/babi.jsonl" ;;
     *) echo "unknown training: $name" >&2; exit 2 ;;

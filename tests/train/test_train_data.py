@@ -19,6 +19,7 @@ from kvilt.train.data import (
     Source,
     check_disjoint,
     draw,
+    qa_sample,
     read,
     schedule,
     sources_of,
@@ -199,3 +200,24 @@ def test_schedule_follows_weights_and_covers_every_sample():
     assert picks[:100] == schedule(sources, 100, 2, 1) or picks == schedule(sources, 4000, 2, 1)
     assert schedule(sources, 50, 2, 1) != schedule(sources, 50, 2, 2)
     assert isinstance(picks[0], Pick)
+
+
+def test_further_questions(tmp_path):
+    """Danger: a question asked about three documents is trained on a fourth, or one without an answer on nothing."""
+    row = {"documents": ["a", "b"], "question": "q", "answers": ["x"], "ordered": True}
+    more = [{"question": "r", "answers": ["y"]}, {"question": "s", "answers": ["z"], "documents": 1}]
+    sample = qa_sample({**row, "further": more}, "here")
+    assert [(s.question, s.answers, len(s.documents)) for s in sample.each] == [
+        ("q", ("x",), 2),
+        ("r", ("y",), 2),
+        ("s", ("z",), 1),
+    ]
+    assert sample.digest != qa_sample(row, "here").digest
+    free = replace(sample, ordered=False, gold=(0,), further=sample.further[:1])
+    assert {len(draw(free, view, 1, 1).documents) for view in range(8)} == {2}
+    wrong = [{"question": "r"}, {"answers": ["y"]}, "r", {**more[0], "documents": 3}, {**more[0], "documents": 0}]
+    for bad in wrong:
+        with pytest.raises(TrainError, match="further"):
+            qa_sample({**row, "further": [bad]}, "here")
+    with pytest.raises(TrainError, match="further"):
+        qa_sample({**row, "ordered": False, "further": more}, "here")

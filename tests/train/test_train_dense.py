@@ -11,7 +11,8 @@ from kvilt.errors import TrainError
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.strategies.linked_packet import LinkedPacket
-from kvilt.train.dense import IGNORE, additive, collate, frozen, logits_of, parts_of, row_of
+from kvilt.train.data import Further, Sample
+from kvilt.train.dense import IGNORE, additive, collate, frozen, logits_of, merged, parts_of, row_of
 from kvilt.train.hf import inputs_of, loss_of
 from kvilt.train.losses import Tally, TopK, cross_entropy, divergence
 from kvilt.train.teacher import FULL, Teacher, generate
@@ -47,6 +48,31 @@ def serving(made: Engine, strategy) -> Engine:
     strategy = type(strategy)(**strategy.__dict__)
     object.__setattr__(strategy, "bind", lambda info: strategy)
     return Engine(made.model, made.text, strategy, made.store)
+
+
+@pytest.mark.parametrize("name", ["slots", "tail", "kvlink", "kvlink-0"])
+def test_questions_about_the_same_documents_share_one_pass_and_do_not_see_each_other(engine, name):
+    """Danger: a question reads another one's answer, or documents that came after it was asked."""
+    (first,) = kit.samples(1, documents=3)
+    further = tuple(Further(f"Who is {n}?", f"Somebody {n}.", n) for n in (3, 1, 2))
+    sample = Sample(first.documents, "Who is 0?", ("Nobody.",), ordered=True, further=further)
+    each = [parts_of(engine.text, one) for one in sample.each]
+    assert [len(parts.documents) for parts in each] == [3, 3, 1, 2]
+    strategy = strategies()[name]
+    rows = [row_of(strategy, parts, parts.answer) for parts in each]
+    together = merged(rows)
+    assert len(together.tokens) < sum(len(r.tokens) for r in rows) / 1.5
+    learned = strategy.encoding.learned
+    with torch.no_grad():
+        logits = logits_of(engine.model, collate([together]), learned)[0]
+        alone = [logits_of(engine.model, collate([r]), learned)[0] for r in rows]
+    found = {tuple(r.labels.tolist()): a for r, a in zip(rows, alone, strict=True)}
+    at = (together.labels != IGNORE).nonzero()[:, 0]
+    runs = [run for run in torch.tensor_split(at, (at.diff() > 1).nonzero()[:, 0] + 1) if len(run)]
+    assert len(runs) == 4
+    for run in runs:
+        expected = found[tuple(together.labels[run].tolist())]
+        torch.testing.assert_close(logits[run], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
