@@ -34,6 +34,7 @@ class Item:
     ids: Tensor  # (tokens,)
     key: CacheKey
     title_length: int = 0  # tokens, where a press must know
+    saved: int = 0  # tokens that are left out of the text
 
     @property
     def title(self) -> str:
@@ -81,8 +82,11 @@ class Encoder:
         return [self._item(d) for d in documents]
 
     def _item(self, document: Document) -> Item:
-        document = self.compression.shorten(document)
-        ids = self.text.document_ids(document)
+        ids, saved = self.text.document_ids(document), 0
+        if self.compression.text is not None:
+            document, before = self.compression.shorten(document), len(ids)
+            ids = self.text.document_ids(document)
+            saved = before - len(ids)
         around = len(self.encoding.before) + len(self.encoding.after)
         if len(ids) + around > self.model.context_length:
             name = document.id or document.title or document.text[:40]
@@ -91,7 +95,7 @@ class Encoder:
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
-        return Item(document, ids, self.model.key(ids, self.encoding, self.compression.identity(title)), title)
+        return Item(document, ids, self.model.key(ids, self.encoding, self.compression.identity(title)), title, saved)
 
     def _storable(self, documents: Iterable[Document]) -> dict[str, Item]:
         """Documents by content address, those left out that must never be stored."""

@@ -204,7 +204,7 @@ class Engine:
         system, caches, hits = self._caches(items, refused)
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
-        prompt = Prompt(system, tuple(caches), asked, names)
+        prompt = Prompt(system, tuple(caches), asked, names, sum(i.saved for i in items))
         plan = self.planned(prompt)
         clock.lap("plan")
         stored = sum(c.layers is not None for c in caches)

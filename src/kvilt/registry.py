@@ -36,6 +36,7 @@ TABLE: dict[str, dict[str, str]] = {
         "tiered": "kvilt.stores.tiered:TieredStore",
     },
     "compress": {
+        "llmlingua2": "kvilt.compress.text:LLMLingua2",
         "int8": "kvilt.codec:Int8",
         "int4": "kvilt.codec:Int4",
         "fp8": "kvilt.codec:Fp8",

@@ -184,12 +184,13 @@ class Prompt:
     documents: tuple[DocumentCache, ...]
     question: Tensor  # (tokens,) int64
     names: tuple[str, ...] = ()  # document ids, for strategies with named slots
+    saved: int = 0  # tokens left out of the documents' texts, which full recompute would compute
 
     @property
     def size(self) -> int:
         """Tokens of the ordinary prompt: what full recompute would compute."""
         documents = sum(len(d.placed_tokens) - _added(d.placed_tokens) for d in self.documents)
-        return self.system.length + documents + len(self.question)
+        return self.system.length + documents + len(self.question) + self.saved
 
 
 def _added(tokens: Tensor) -> int:

@@ -188,3 +188,9 @@ def test_int8_answers_like_the_model_itself() -> None:
     distance = {n: off(logits, plain) for n, logits in found.items()}
     assert 0 < distance["int8"] < 0.02
     assert distance["int8"] < min(distance["fp8"], distance["int4"]) < 0.5
+
+
+def test_eight_bit_floats_are_read_exactly() -> None:
+    """Danger: small numbers without a leading one, or the sign, are lost on the way through float16."""
+    every = torch.tensor([i for i in range(256) if i & 0x7F != 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(CODECS["fp8"].spread(every), every.float())

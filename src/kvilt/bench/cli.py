@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Measure time to first token, decoding, encoding and memory.")
+app = typer.Typer(no_args_is_help=True, help="Measure time to first token, decoding, encoding, memory and compression.")
 
 STRATEGIES = ["full", "block", "kv_packet:wrapper=WRAPPER", "kvlink:links=5"]
 Shape = Annotated[str, typer.Option(help="Shape of the randomly initialised model: llama-1b, llama-30m.")]
@@ -27,6 +27,7 @@ def ttft(
     strategies: Annotated[
         list[str] | None, typer.Option("--strategy", help="Strategies; WRAPPER stands for a random one.")
     ] = None,
+    compress: Annotated[str, typer.Option(help="Compression of the documents: keydiff:keep=0.5+int8.")] = "",
     repeats: Repeats = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -37,7 +38,7 @@ def ttft(
     from kvilt.bench import curve
 
     counts = [int(n) for n in documents.split(",")]
-    result = curve.run(shape, counts, strategies or STRATEGIES, repeats, dtype, device, _note, keep)
+    result = curve.run(shape, counts, strategies or STRATEGIES, repeats, dtype, device, _note, keep, compress)
     _finish("ttft", result, out, curve.table(result))
     if out:
         curve.plot(result, out / "ttft.png")
@@ -71,6 +72,36 @@ def memory(shape: Shape = "llama-1b", documents: Documents = 10, out: Out = None
     with tempfile.TemporaryDirectory() as folder:
         result = others.memory(shape, Path(folder), documents)
     _finish("memory", result, out)
+
+
+@app.command()
+def compression(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub name; without one --shape.")] = None,
+    docs: Annotated[list[str] | None, typer.Option("--docs", "-d", help="Documents, as for encode.")] = None,
+    compress: Annotated[list[str] | None, typer.Option("--compress", help="What to measure, beside none.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    shape: Shape = "llama-1b",
+    documents: Documents = 10,
+    repeats: Repeats = 5,
+    out: Out = None,
+) -> None:
+    """Bytes per token, relative errors of keys and values, and load time of each compression."""
+    from kvilt.bench import compression, models
+    from kvilt.builtin import documents as shipped
+    from kvilt.documents import read_documents
+    from kvilt.loading import DTYPES, load_model
+    from kvilt.text import TextFormat
+
+    if model is None:
+        loaded, tokenizer = models.random_model(shape, DTYPES[dtype]), models.word_tokenizer()
+        texts = models.collection(documents, 499)
+    else:
+        loaded, tokenizer = load_model(model, dtype)
+        texts = read_documents(docs) if docs else list(shipped().values())
+    with tempfile.TemporaryDirectory() as folder:
+        text, specs = TextFormat.of(tokenizer), compress or ["int8", "int4", "fp8"]
+        result = compression.measure(loaded, text, texts[:documents], specs, Path(folder), repeats)
+    _finish("compression", {"model": model or shape, **result}, out)
 
 
 def _note(text: str) -> None:

@@ -16,7 +16,7 @@ LONG_CONTEXT = 6000  # tokens; full prefill of longer prompts takes minutes and 
 
 def run(
     shape: str, counts: Sequence[int], strategies: Sequence[str], repeats: int, dtype: str, device: str,
-    note: Callable[[str], None], keep: Path | None = None,
+    note: Callable[[str], None], keep: Path | None = None, compress: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """TTFT rows per number of documents; caches are kept in `keep` for the next run, or in a temporary folder."""
     model = models.random_model(shape, DTYPES[dtype], device)
@@ -25,11 +25,18 @@ def run(
         for count in counts:
             context = count * ttft.DOCUMENT_TOKENS
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: encoding")
-            made = ttft.setting(model, strategies, keep or Path(temporary), count)
+            made = ttft.setting(model, strategies, keep or Path(temporary), count, compress)
             note(f"{count} documents of {ttft.DOCUMENT_TOKENS} tokens: measuring")
             rows = ttft.measure(made, repeats, full_once=context > LONG_CONTEXT)
             points.append({"documents": count, "context": context, "rows": rows})
-    return {"shape": shape, "dtype": dtype, "device": device, "repeats": repeats, "points": points}
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "device": device,
+        "repeats": repeats,
+        "compress": compress,
+        "points": points,
+    }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Setting:
     store: Path
 
 
-def setting(model: Model, specs: Sequence[str], folder: Path, documents: int) -> Setting:
+def setting(model: Model, specs: Sequence[str], folder: Path, documents: int, compress: str = "") -> Setting:
     """Encode the collection for every strategy and warm the page cache by answering once."""
     logging.getLogger("kvilt").setLevel(logging.ERROR)
     store = DiskStore(path=str(folder / "store"))
@@ -51,7 +51,7 @@ def setting(model: Model, specs: Sequence[str], folder: Path, documents: int) ->
     width = model.hf.config.hidden_size
     if not wrapper.is_file():
         Wrapper(torch.randn(8, width) * 0.02, torch.randn(8, width) * 0.02).save(wrapper)
-    engines = {spec: Engine(model, text, _strategy(spec, wrapper), store) for spec in specs}
+    engines = {spec: Engine(model, text, _strategy(spec, wrapper), store, compress=compress) for spec in specs}
     texts = collection(documents, DOCUMENT_TOKENS - 1)
     for engine in engines.values():
         if engine.strategy.encoding is not None:

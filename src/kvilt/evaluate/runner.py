@@ -171,7 +171,7 @@ def _answer(lane: Lane, sample: Sample, task: Task, reference: Lane) -> Answer:
             sample.question, [], max_new_tokens=task.max_new_tokens, allow_empty=True, draft=draft
         )
         return replace(answer, usage=_of_full(answer.usage, reference.records.done[sample.id], lane.engine))
-    if lane.role == "strategy":
+    if lane.role == "strategy" and lane.engine.strategy.encoding is not None:
         lane.engine.encode(sample.documents)
     return lane.engine.answer(sample.question, sample.documents, max_new_tokens=task.max_new_tokens, draft=draft)
 
