@@ -14,6 +14,7 @@ from kvilt.types import Answer, Encoding, Usage
 @dataclass(frozen=True)
 class FakeStrategy:
     name: str = "full"
+    encoding: Encoding = field(default_factory=Encoding, repr=False)
 
 
 @dataclass
