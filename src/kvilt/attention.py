@@ -142,7 +142,11 @@ class TwoPart:
 
 
 def in_one(dense: Dense) -> Hook | None:
-    """The same as `TwoPart` in another way, for the one pass that it is held to: one softmax over adjusted scores."""
+    """What a plan asks of attention, in another way, for the one pass that it is held to.
+
+    `TwoPart` as one softmax over adjusted scores; mixed rows from the encoded and the computed row beside each other."""
+    if dense.twins is not None:
+        return _mixing(dense, dense.twins)
     if dense.context is None or dense.scaling is None:
         return None
     context, t, scale = dense.context, dense.scaling.temperature, dense.scaling.scale
@@ -152,6 +156,18 @@ def in_one(dense: Dense) -> Hook | None:
         total = (found / t).masked_fill(~inside, -torch.inf).logsumexp(-1, keepdim=True)
         found = torch.where(inside, found / t + (scale * t - 1) * total, found)
         return mixed(found.masked_fill(~seen(mask, query, key), -torch.inf).softmax(-1), value, query.dtype)
+
+    return hook
+
+
+def _mixing(dense: Dense, twins: Tensor) -> Hook:
+    fresh, stored = dense.computed[twins >= 0], twins[twins >= 0]
+
+    def hook(_: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+        key, value = key.clone(), value.clone()
+        for rows in (key, value):
+            rows[:, :, fresh] = dense.blend * rows[:, :, fresh] + (1 - dense.blend) * rows[:, :, stored]
+        return ordinary(query, key, value, mask, scaling)
 
     return hook
 

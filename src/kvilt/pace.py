@@ -36,7 +36,7 @@ class Pace:
         """Predicted seconds from a plan to its first token; `linear` is `ModelInfo.linear_cost`."""
         sizes: dict[type, int] = {}
         for s in plan.segments:
-            if s.cache is not None and s.reused.any():
+            if s.cache is not None and plan.loaded(s).any():
                 sizes[type(s.cache.layers)] = sizes.get(type(s.cache.layers), 0) + s.cache.nbytes
         with self._lock:
             self._computing = self._computing or computing(model, linear)

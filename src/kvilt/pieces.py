@@ -25,8 +25,8 @@ class Piece:
     source: Tensor | None  # rows of the stored cache, None for all of them
 
     @classmethod
-    def of(cls, segment: Segment, base: int, device: torch.device) -> Piece:
-        """The reused rows of a segment whose first row is `base`.
+    def of(cls, segment: Segment, base: int, loaded: Tensor, device: torch.device) -> Piece:
+        """The rows at the places `loaded`, (length,) bool, of a segment whose first row is `base`.
 
         Recomputed rows inside a whole document are placed too and overwritten in the same layer: one long copy is
         faster than many short ones."""
@@ -36,7 +36,7 @@ class Piece:
         rows: slice | Tensor = slice(base, base + len(places))
         source = None
         if len(cache.offsets) != len(places):
-            keep = segment.reused[cache.offsets]
+            keep = loaded[cache.offsets]
             rows = base + torch.searchsorted(places, cache.offsets[keep])
             source = keep.nonzero()[:, 0]
         if not isinstance(layers, Turned):

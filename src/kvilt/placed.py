@@ -75,20 +75,19 @@ class PlacedCache(Cache):
 
     def __init__(self, plan: Plan, buffer: Tensor, rope: Rope, stop: int | None = None) -> None:
         super().__init__(layers=[])
-        self.buffer = buffer
+        self.buffer, self.rope, self.stop = buffer, rope, stop
         self.length = len(plan.positions)
         self.position = plan.end
-        self.stop = stop
         self._plan: Plan | None = plan
-        self.rope = rope
         self._loader: Loader | None = None
         rows = plan.computed_rows
         first = int(rows[0])
         contiguous = int(rows[-1]) - first + 1 == len(rows)
         self._rows: slice | Tensor = slice(first, first + len(rows)) if contiguous else rows.to(buffer.device)
         self.attention = self._attention(plan)
-        reusing = [(s, base) for s, base in zip(plan.segments, plan.bases, strict=True) if s.reused.any()]
-        self.pieces = [Piece.of(s, base, buffer.device) for s, base in reusing]
+        self._blended = None if plan.blended is None else plan.blended[:, None].to(buffer.device)  # (computed, 1)
+        parts = [(s, base, plan.loaded(s)) for s, base in zip(plan.segments, plan.bases, strict=True)]
+        self.pieces = [Piece.of(s, base, loaded, buffer.device) for s, base, loaded in parts if loaded.any()]
 
     def _attention(self, plan: Plan) -> TwoPart | None:
         """The hook that every pass over this cache needs, decoding included; None for plain attention."""
@@ -123,13 +122,21 @@ class PlacedCache(Cache):
                 self._loader.wait(layer_idx)
             elif self.pieces:
                 self.place(layer_idx)
-            keys[:, self._rows], values[:, self._rows] = key_states[0], value_states[0]
+            new = self._mix(keys, key_states[0]), self._mix(values, value_states[0])
+            keys[:, self._rows], values[:, self._rows] = new
             if self.stop is not None and layer_idx + 1 >= self.stop:
                 raise StopAtLayer
             return keys[None, :, : self.length], values[None, :, : self.length]
         end = self.length + key_states.shape[2]
         keys[:, self.length : end], values[:, self.length : end] = key_states[0], value_states[0]
         return keys[None, :, :end], values[None, :, :end]
+
+    def _mix(self, placed: Tensor, fresh: Tensor) -> Tensor:
+        """What the computed rows become, (heads, computed, head_dim): fresh, or mixed with what is placed there."""
+        if self._plan is None or self._blended is None:
+            return fresh
+        both = torch.lerp(placed[:, self._rows].float(), fresh.float(), self._plan.blend).to(fresh.dtype)
+        return torch.where(self._blended, both, fresh)  # elsewhere the buffer holds anything
 
     def finish(self) -> None:
         """End of the plan's pass: nothing loads any more, and from here on rows are appended."""

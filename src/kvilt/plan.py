@@ -73,6 +73,8 @@ class Dense:
     computed: Tensor  # rows that the plan computes
     context: Tensor | None = None  # (rows, rows) bool: where `scaling` acts
     scaling: ContextScaling | None = None
+    twins: Tensor | None = None  # of each computed row the encoded one that it is mixed with, or -1, (computed,)
+    blend: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,8 @@ class Plan:
     """One prompt, ready to run.
 
     Every segment's rows lie in the order of the segments; a computed token sees every row whose position is not later.
+    With `blend` below 1, a computed token's keys and values become blend * fresh + (1 - blend) * stored in every layer,
+    wherever its place has a stored row.
     """
 
     segments: tuple[Segment, ...]
@@ -88,6 +92,7 @@ class Plan:
     overhead: float = 0.0  # what probing has cost already, in units of full recompute
     context: ContextScaling | None = None  # of the reused rows of segments named "document"
     note: str = ""  # why this plan, for the usage
+    blend: float = 1.0
 
     @property
     def end(self) -> int:
@@ -120,6 +125,15 @@ class Plan:
         """Tokens whose keys and values are reused."""
         return len(self.positions) - len(self.computed_rows)
 
+    def loaded(self, segment: Segment) -> Tensor:
+        """The places of a segment whose stored rows the pass needs, (length,) bool."""
+        return segment.stored if self.blend < 1 else segment.reused
+
+    @functools.cached_property
+    def blended(self) -> Tensor | None:
+        """Computed tokens whose fresh rows are mixed with their stored ones, (computed,) bool; None: `blend` is 1."""
+        return torch.cat([s.stored[s.computed] for s in self.segments]) if self.blend < 1 else None
+
     @functools.cached_property
     def context_rows(self) -> Tensor | None:
         """Rows that `context` acts on, (rows,) bool; None where attention is plain."""
@@ -132,7 +146,7 @@ class Plan:
         """Whether every computed token stands after every reused one, in rows and in position.
 
         Then ordinary causal attention will do: no mask, any flash kernel, any engine with prefix injection (where
-        `context` asks for no other attention)."""
+        `context` and `blend` ask for nothing else)."""
         first = int(self.computed_rows[0])
         reused, computed = self.positions[:first], self.positions[first:]
         in_order = len(computed) == len(self.computed_rows) and bool((computed.diff() > 0).all())
@@ -160,24 +174,29 @@ class Plan:
 
     def dense(self) -> Dense:
         """The plan as one pass: each reused document once as it was encoded, plus every computed token."""
-        rows = [part for i, s in enumerate(self.segments) for part in _dense_rows(i, s)]
+        rows = [part for i, s in enumerate(self.segments) for part in _dense_rows(i, s, self.loaded(s))]
         tokens, positions, segment, encoded, shown = (torch.cat(column) for column in zip(*rows, strict=True))
         order = torch.arange(len(tokens))
         own = encoded[:, None] & encoded[None] & (segment[:, None] == segment[None]) & (order[None] <= order[:, None])
         live = ~encoded[:, None] & shown[None] & (positions[None] <= positions[:, None])
         documents = torch.tensor([s.name == "document" for s in self.segments])
         context = live & (encoded & documents[segment])[None] if self.context else None
-        return Dense(tokens, positions, own | live, (~encoded).nonzero()[:, 0], context, self.context)
+        computed = (~encoded).nonzero()[:, 0]
+        twins = None
+        if self.blended is not None:
+            same = (segment[computed, None] == segment[None]) & (positions[computed, None] == positions[None]) & encoded
+            twins = same.int().argmax(1).masked_fill(~self.blended, -1)
+        return Dense(tokens, positions, own | live, computed, context, self.context, twins, self.blend)
 
     def dense_mask(self) -> Tensor:
         """The mask of `dense()`, (rows, rows) bool; every row sees itself."""
         return self.dense().mask
 
 
-def _dense_rows(index: int, s: Segment) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _dense_rows(index: int, s: Segment, loaded: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Columns (token, position, segment, encoded?, shown to computed tokens?) of one segment."""
     parts = []
-    if s.cache is not None and s.reused.any():
+    if s.cache is not None and loaded.any():
         places = torch.arange(len(s.cache.tokens)) - s.cache.dropped
         inside = (places >= 0) & (places < s.length)
         shown = torch.zeros(len(places), dtype=torch.bool)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -31,9 +31,8 @@ class ModelProbe:
     def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
         """What the lowest `count` layers hold for each of the plan's segments, keys moved back to position 0."""
         count = min(count, self.info.num_layers)
-        with torch.no_grad():
-            placed = self._run(plan, count - 1, None, stop=count)
-            key = self.model.key(plan.computed_tokens, Encoding(), f"probe of {count} layers")
+        key = self.model.key(plan.computed_tokens, Encoding(), f"probe of {count} layers")
+        with torch.no_grad(), self._run(plan, count - 1, None, stop=count) as placed:
             return [placed.seen(s, base, count, key) for s, base in zip(plan.segments, plan.bases, strict=True)]
 
     def attention(self, plan: Plan, layers: Sequence[int], pool: Pool = "mean", last: int | None = None) -> Tensor:
@@ -56,6 +55,13 @@ class ModelProbe:
         """Predicted seconds to the plan's first token, from rates measured once per model; not charged."""
         return self.model.pace.seconds(self.model, plan, self.info.linear_cost)
 
+    def keys(self, cache: DocumentCache, layer: int) -> Tensor:
+        """A document's stored keys of a layer, each moved to position 0, (kv_heads, rows, head_dim) float32.
+
+        Not charged: a rotation per row, thousands of times cheaper than computing one."""
+        assert cache.layers is not None
+        return self.model.rope.move(cache.layers.fetch(layer, "keys").float().cpu(), -cache.offsets)
+
     def _watch(self, plan: Plan, layers: Sequence[int], look: Look) -> list[Tensor]:
         wanted = sorted({layer % self.info.num_layers for layer in layers})
         found: dict[int, Tensor] = {}
@@ -66,20 +72,21 @@ class ModelProbe:
             if layer == wanted[-1]:
                 raise StopAtLayer
 
-        with torch.no_grad():
-            self._run(plan, wanted[-1], hook)
+        with torch.no_grad(), self._run(plan, wanted[-1], hook):
+            pass
         return [found[layer] for layer in wanted]
 
-    def _run(self, plan: Plan, top: int, hook: Hook | None, stop: int | None = None) -> PlacedCache:
-        """Run a plan up to the queries, keys and values of layer `top`."""
+    @contextmanager
+    def _run(self, plan: Plan, top: int, hook: Hook | None, stop: int | None = None) -> Iterator[PlacedCache]:
+        """Run a plan up to the queries, keys and values of layer `top`; its rows are there until the context ends."""
         self.charged += plan.charged(self.info.linear_cost) * (top + self.info.projection_share) / self.info.num_layers
         placed = PlacedCache(plan, self.model.pool.take(len(plan.positions)), self.model.rope, stop=stop)
         try:
             with suppress(StopAtLayer), using(hook):
                 self.model.forward(plan, placed, logits_to_keep=1)
+            yield placed
         finally:
             self.model.pool.give(placed.buffer)
-        return placed
 
 
 def received(

@@ -28,6 +28,8 @@ TABLE: dict[str, dict[str, str]] = {
         "a3": "kvilt.strategies.a3:A3",
         "prophetkv": "kvilt.strategies.prophetkv:ProphetKV",
         "infoflow": "kvilt.strategies.infoflow:InfoFlow",
+        "sam_kv": "kvilt.strategies.sam_kv:SamKV",
+        "turborag": "kvilt.strategies.turborag:TurboRAG",
         "random": "kvilt.strategies.random:RandomRecompute",
     },
     "store": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -133,6 +133,32 @@ class TensorLayers:
 
 
 @dataclass(frozen=True, eq=False)
+class SelectedLayers:
+    """Some rows of a document's keys and values."""
+
+    layers: Layers
+    rows: Tensor  # (rows,) int64
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        count, heads, _, dim = self.layers.shape
+        return count, heads, len(self.rows), dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, as stored."""
+        return self.layers.nbytes * len(self.rows) // max(1, self.layers.shape[2])
+
+    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
+        found = self.layers.fetch(layer, which)[:, self.rows]
+        return found if out is None else out.copy_(found)
+
+
+@dataclass(frozen=True, eq=False)
 class DocumentCache:
     """Keys and values of one document, keys rotated as if the document began at position 0.
 
@@ -152,6 +178,11 @@ class DocumentCache:
     def placed_tokens(self) -> Tensor:
         """The token at each place of the document, (length,)."""
         return self.tokens[self.dropped : self.dropped + self.length]
+
+    def select(self, rows: Tensor) -> DocumentCache:
+        """The cache with some of its rows alone, (rows,) int64 ascending; the others' places are left empty."""
+        layers = None if self.layers is None else SelectedLayers(self.layers, rows)
+        return replace(self, offsets=self.offsets[rows], layers=layers)
 
     @property
     def nbytes(self) -> int:

@@ -47,6 +47,11 @@ MATRIX = [
     "prophetkv:ratio=0.5,sink=system",
     "infoflow:boundary=2",
     "infoflow:ratio=0.3,reorder=true",
+    "sam_kv",
+    "sam_kv:init=2,local=4,block=3,update=fusion",
+    "sam_kv:init=4,local=4,block=4,layers=1-2,update=fusion,theta=0.4,sink=system",
+    "turborag",
+    "turborag:start=7,end=9,positions=composite",
 ]
 DOCUMENTS = [
     Document("Ada Lorn was born in Tavik. She left it young.", title="Ada", id="ada"),

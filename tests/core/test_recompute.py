@@ -18,9 +18,9 @@ from kvilt.model import Model
 from kvilt.plan import Plan, Segment
 from kvilt.probe import ModelProbe
 from kvilt.registry import build
+from kvilt.strategies import infoflow
 from kvilt.strategies.base import Strategy
-from kvilt.strategies.infoflow import InfoFlow
-from kvilt.strategies.selection import candidates, top
+from kvilt.strategies.selection import candidates, layer_range, top
 from kvilt.types import Document, DocumentCache, Encoding, Prompt, TensorLayers
 
 METHODS = ["random", "cacheblend", "cacheblend:score=v", "cacheblend:stages=3", "a3", "prophetkv", "infoflow"]
@@ -318,7 +318,7 @@ def test_infoflow_takes_the_first_tokens_along_and_puts_the_best_document_last()
     assert [s.start for s in plan.segments] == [0, 1, 3, 9, 13]
     assert [s.length for s in probe.plans[1].segments] == [1, 2, 6, 4, 2]  # scored again where they now stand
     for depth, layers in ((4, (2, 3)), (16, (10, 11)), (1, (0, 0))):
-        found = dataclasses.replace(InfoFlow(), depth=depth)._range()
+        found = layer_range("", depth, infoflow.DEFAULT)
         assert (found[0], found[-1]) == layers
 
 

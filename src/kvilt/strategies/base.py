@@ -30,6 +30,9 @@ class Probe(Protocol):
     def seconds(self, plan: Plan) -> float:
         """Predicted seconds to a plan's first token on this machine; the same plan gets the same prediction."""
 
+    def keys(self, cache: DocumentCache, layer: int) -> Tensor:
+        """A document's stored keys of a layer, each moved to position 0, (kv_heads, rows, head_dim) float32."""
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -10,10 +10,10 @@ from torch import Tensor
 from kvilt.errors import SpecError
 from kvilt.plan import Plan
 from kvilt.strategies.base import Probe
-from kvilt.strategies.selection import Selective, asked, candidates, lay, share, split, top
+from kvilt.strategies.selection import Selective, asked, candidates, lay, layer_range, share, split, top
 from kvilt.types import Prompt
 
-FIRST, LAST = 0.6, 0.7  # of the depth: the paper's layers 22 to 25 of 36
+DEFAULT = (0.6, 0.7)  # of the depth: the paper's layers 22 to 25 of 36
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,11 @@ class InfoFlow(Selective):
         super().__post_init__()
         if self.boundary < 0:
             raise SpecError(f"option boundary wants 0 or more, not {self.boundary}.")
-        self._range()
-
-    def _range(self) -> range:
-        """The layers looked at, cut to the model's depth."""
-        top = self.depth - 1
-        if not self.layers:
-            return range(min(round(FIRST * self.depth), top), min(round(LAST * self.depth), top) + 1)
-        first, _, last = self.layers.partition("-")
-        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-            raise SpecError(f"option layers wants a range like 22-25, not {self.layers!r}.")
-        return range(min(int(first), top), min(int(last), top) + 1)
+        layer_range(self.layers, self.depth, DEFAULT)
 
     def scores(self, prompt: Prompt, probe: Probe) -> Tensor:
         """Norm of the question's attention."""
-        return asked(prompt, probe, self._range(), "norm")
+        return asked(prompt, probe, layer_range(self.layers, self.depth, DEFAULT), "norm")
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """The selected tokens, the first of each document and the question are computed, in the order found best."""

@@ -99,7 +99,7 @@ class NoProbe:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TrainError("a strategy that probes the model has no fixed mask to train under.")
 
-    layers = attention = queries = seconds = _refuse
+    layers = attention = queries = keys = seconds = _refuse
 
 
 def parts_of(text: TextFormat, sample: Sample) -> Parts:
