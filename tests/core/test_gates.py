@@ -112,6 +112,10 @@ def test_methods_really_differ(wrapper: Path) -> None:
         "prophetkv",
         "infoflow",
         "infoflow:reorder=true",
+        "sam_kv",
+        "sam_kv:update=fusion",
+        "turborag",
+        "turborag:positions=composite",
     ]
     logits = [engine_of("llama", s, wrapper).answer(QUESTION, DOCUMENTS, max_new_tokens=1).logits for s in specs]
     gaps = [

@@ -12,6 +12,7 @@ from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, off, promp
 
 import zoo
 from kvilt.errors import PromptError, SpecError
+from kvilt.registry import build
 from kvilt.strategies.epic import Epic
 from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
 from kvilt.strategies.prompt_cache import PromptCache, read_schema
@@ -201,6 +202,46 @@ def test_more_documents_than_slots_are_refused() -> None:
     with pytest.raises(PromptError, match="3 documents, but link tokens for 2 slots"):
         KVLink(links=1, tokens=tokens).plan(prompt(Q, A, B, C), never)
     assert len(KVLink(links=0).plan(prompt(Q, A, B, C), never).segments) == 5
+
+
+# --- TurboRAG ---
+
+
+def test_turborag_s_markers_are_stored_with_the_document() -> None:
+    """Danger: the markers are computed online, stand outside the document's attention, or are other tokens."""
+    engine = engine_of("turborag")
+    start, end = engine.info.reserved[:2]
+    plan = engine.plan(QUESTION, DOCUMENTS)
+    for document, segment in zip(DOCUMENTS, plan.segments[1:], strict=False):
+        text = engine.text.document_ids(document).tolist()
+        assert segment.tokens.tolist() == [start, *text, end]
+        assert segment.reused.all()
+    assert plan.is_suffix
+    assert bool((plan.positions.diff() == 1).all())
+    assert plan.baseline == engine_of("block").plan(QUESTION, DOCUMENTS).baseline  # markers are no part of the prompt
+    assert repr(engine_of("turborag:start=9,end=7").strategy) == "TurboRAG(start=9, end=7, positions='reordered')"
+
+
+def test_composite_positions_restart_after_the_system_part() -> None:
+    """Danger: a document begins at position 0 and hides behind the system part, or the question stands among documents."""
+    engine = engine_of("turborag:positions=composite")
+    unstored = Document("Never stored.", store=False)
+    plan = engine.plan(QUESTION, [unstored, *DOCUMENTS])
+    system, longest = len(engine.info.system), max(s.length for s in plan.segments[1:4])
+    assert starts(plan) == [0, system, system, system, system + longest, system + longest + plan.segments[4].length]
+    assert plan.segments[4].tokens[0] == engine.info.reserved[0]  # computed with its markers
+    assert plan.segments[4].computed.all()
+    assert off(engine.model.run(plan)[0], engine.model.dense(plan.dense())[-1]) < TOLERANCE
+
+
+def test_turborag_needs_markers() -> None:
+    """Danger: a marker that the model has no embedding for, or none at all, is found in the middle of a prompt."""
+    for spec in ("turborag:positions=global", "turborag:start=326", "turborag:end=-1"):
+        with pytest.raises(SpecError, match="wants"):
+            engine_of(spec)
+    with pytest.raises(SpecError, match="give start= and end="):
+        build("strategy", "turborag:start=3").bind(info(reserved=(1,)))  # type: ignore[attr-defined]
+    assert build("strategy", "turborag:start=3,end=4").bind(info()).encoding.before == (3,)  # type: ignore[attr-defined]
 
 
 # --- sinks, EPIC, options ---
