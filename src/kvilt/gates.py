@@ -20,7 +20,7 @@ from kvilt.model import Model
 from kvilt.plan import Layout, Plan, Segment
 from kvilt.proof import TOLERANCE
 from kvilt.rope import Turned
-from kvilt.types import Document, DocumentCache, Encoding, Prompt, TensorLayers
+from kvilt.types import Document, DocumentCache, Encoding, Prompt, SelectedLayers, TensorLayers
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,9 @@ def _against_dense(model: Model, plan: Plan) -> float:
 def _decoded(segment: Segment) -> Segment:
     """The segment with packed rows as plain ones."""
     cache = segment.cache
-    if cache is None or not isinstance(layers := cache.layers, Turned):
+    layers = None if cache is None else cache.layers
+    held = layers.layers if isinstance(layers, SelectedLayers) else layers
+    if cache is None or layers is None or not isinstance(held, Turned):
         return segment
     keys, values = (tuple(layers.fetch(i, w) for i in range(layers.shape[0])) for w in ("keys", "values"))
     return replace(segment, cache=replace(cache, layers=TensorLayers(keys, values)))
