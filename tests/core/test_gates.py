@@ -48,6 +48,7 @@ MATRIX = [
     "infoflow:boundary=2",
     "infoflow:ratio=0.3,reorder=true",
     "sam_kv",
+    "sam_kv:init=2,local=4,block=4",
     "sam_kv:init=2,local=4,block=3,update=fusion",
     "sam_kv:init=4,local=4,block=4,layers=1-2,update=fusion,theta=0.4,sink=system",
     "turborag",
@@ -112,8 +113,8 @@ def test_methods_really_differ(wrapper: Path) -> None:
         "prophetkv",
         "infoflow",
         "infoflow:reorder=true",
-        "sam_kv",
-        "sam_kv:update=fusion",
+        "sam_kv:init=2,local=4,block=4",
+        "sam_kv:init=2,local=4,block=4,update=fusion",
         "turborag",
         "turborag:positions=composite",
     ]

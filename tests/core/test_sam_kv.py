@@ -33,7 +33,7 @@ from kvilt.probe import ModelProbe
 from kvilt.strategies.sam_kv import SamKV, best_blocks, inner, keep_share, means, personal
 from kvilt.types import DocumentCache, Prompt, TensorLayers
 
-FUSION = "sam_kv:init=2,local=4,block=4,update=fusion"
+SPARSE, FUSION = "sam_kv:init=2,local=4,block=4", "sam_kv:init=2,local=4,block=4,update=fusion"
 
 
 def planned(asked: Prompt, family: str = "llama", **options: Any) -> tuple[Plan, ModelProbe]:
@@ -158,10 +158,12 @@ def test_keys_are_compared_without_their_places() -> None:
 # --- what is run ---
 
 
-def test_short_documents_are_recomputed_whole_and_nothing_is_looked_at() -> None:
-    """Danger: anchors that cover everything cost a look and differ from full prefill."""
+@pytest.mark.parametrize("spec", ["sam_kv:init=64,local=128", "sam_kv"])
+def test_short_documents_are_recomputed_whole_and_nothing_is_looked_at(spec: str) -> None:
+    """Danger: documents that anchors (nearly) cover cost a look that drops less than it computes."""
     full = engine_of("full").answer(QUESTION, DOCUMENTS, max_new_tokens=1)
-    sparse = engine_of("sam_kv:init=64,local=128").answer(QUESTION, DOCUMENTS, max_new_tokens=1)
+    sparse = engine_of(spec).answer(QUESTION, DOCUMENTS, max_new_tokens=1)
+    assert engine_of(spec).plan(QUESTION, DOCUMENTS).overhead == 0
     assert full.logits is not None
     assert sparse.logits is not None
     assert off(sparse.logits, full.logits) < TOLERANCE
@@ -189,7 +191,7 @@ def test_odd_prompts_run_and_are_exact(family: str, update: str) -> None:
 
 def test_later_documents_change_no_earlier_row() -> None:
     """Danger: kept rows see what comes after them."""
-    for spec in ("sam_kv:init=2,local=4,block=4", FUSION):
+    for spec in (SPARSE, FUSION):
         engine = engine_of(spec)
         plan = engine.plan(QUESTION, DOCUMENTS)
         *front, last, asked = plan.segments
@@ -207,7 +209,7 @@ def test_later_documents_change_no_earlier_row() -> None:
 
 def test_dropped_rows_are_not_loaded() -> None:
     """Danger: a method that drops most rows pays for loading all of them."""
-    overwritten, fused = (engine_of(s).answer(QUESTION, DOCUMENTS, max_new_tokens=1) for s in ("sam_kv", FUSION))
+    overwritten, fused = (engine_of(s).answer(QUESTION, DOCUMENTS, max_new_tokens=1) for s in (SPARSE, FUSION))
     engine = engine_of("block")
     front = len(engine.info.system)
     assert overwritten.usage.bytes_loaded == front * engine.model.bytes_per_token

@@ -66,8 +66,9 @@ class SamKV(Plain):
     def _kept(self, prompt: Prompt, documents: Sequence[DocumentCache], probe: Probe) -> list[Tensor]:
         """Which stored rows of each document are kept, (rows,) bool each."""
         groups = [self._groups(len(d.offsets)) for d in documents]
-        if not any(g.any() for g in groups):
-            return [g == 0 for g in groups]
+        looked_at = len(prompt.question) + sum(min(self.local, len(g)) for g in groups)
+        if sum(int(g.count_nonzero()) for g in groups) <= looked_at:  # looking costs more than dropping can save
+            return [torch.ones_like(g, dtype=torch.bool) for g in groups]
         wanted = layer_range(self.layers, self.depth, STABLE)
         asked = self._asked(prompt, groups, probe, wanted)
         own = [self._asks(prompt, d, probe, wanted) for d in documents]
