@@ -25,10 +25,10 @@ from kvilt.evaluate.records import read
 Record = dict[str, Any]
 
 
-def kind_of(record: Record, pooled: bool) -> str:
-    """The column a record belongs to; `pooled` takes all bAbI tasks together."""
+def kinds_of(record: Record) -> tuple[str, ...]:
+    """The columns a record belongs to: a bAbI task has its own, and all have one together."""
     kind = record["metadata"]["kind"]
-    return str(kind) if isinstance(kind, str) else "babi" if pooled else f"babi_{kind}"
+    return (kind,) if isinstance(kind, str) else (f"babi_{kind}", "babi")
 
 
 def lanes(folder: Path) -> Iterator[tuple[str, str, list[Record]]]:
@@ -71,13 +71,13 @@ def cell(records: Sequence[Record], full: dict[str, Record]) -> Record:
     }
 
 
-def summary(folders: Sequence[Path], pooled: bool) -> Iterator[Record]:
+def summary(folders: Sequence[Path]) -> Iterator[Record]:
     """One record per model, strategy and kind of question."""
     full = {r["id"]: r for role, _, records in lanes(folders[0]) if role == "full" for r in records}
     for folder in folders:
         for role, name, records in lanes(folder):
-            for kind in sorted({kind_of(r, pooled) for r in records}):
-                mine = [r for r in records if kind_of(r, pooled) == kind and r["id"] in full]
+            for kind in sorted({kind for r in records for kind in kinds_of(r)}):
+                mine = [r for r in records if kind in kinds_of(r) and r["id"] in full]
                 yield {"model": folder.name, "strategy": name, "role": role, "kind": kind, **cell(mine, full)}
 
 
@@ -86,7 +86,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pool-babi", action="store_true", help="one column for all bAbI tasks")
     args = parser.parse_args()
     made = {
         "kvilt": kvilt.__version__,
@@ -95,9 +94,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }
-    args.out.write_text(
-        json.dumps({"made": made, "cells": list(summary(args.records, args.pool_babi))}, indent=1) + "\n"
-    )
+    args.out.write_text(json.dumps({"made": made, "cells": list(summary(args.records))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from kvilt.evaluate.tasks.base import Sample
 from kvilt.loading import load_model
 from kvilt.registry import build
 from kvilt.text import TextFormat
-from kvilt.types import Answer
+from kvilt.types import Answer, Document
 
 UNTRAINED = ["full", "naive", "block:sink=system", "prompt_cache:slot=128", "epic:tokens=8"]
 WRAPPERS = {"kv_packet": "kv_packet:wrapper={}", "linked_packet": "linked_packet:wrapper={}"}
@@ -85,11 +85,16 @@ def _engines(model: str, store: str, err: Console) -> dict[str, Engine]:
     for name, spec in CHECKPOINTS.items():
         if model == "builtin" and builtin.model_path().with_name(name.replace("builtin", "model")).is_dir():
             engines[spec] = _load(name, store, spec)
-    documents = list(builtin.documents().values())
+    documents = _encoded()
     for engine in track(list(engines.values()), "encoding", console=err):
         if engine.strategy.encoding is not None:
             engine.encode(documents)
     return engines
+
+
+def _encoded() -> list[Document]:
+    """What every strategy encodes: the whole collection."""
+    return list(builtin.documents().values())
 
 
 def _load(model: str, store: str, spec: str) -> Engine:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from kvilt import builtin
+from kvilt.engine import Engine
+from kvilt.evaluate.metrics import normalise
 
 
 def test_model_files() -> None:
@@ -27,3 +31,43 @@ def test_500_questions_of_every_kind() -> None:
     assert set(counts) == {"one_hop", "two_hop", "chunked", "chunked_hop", "state"}
     assert min(counts.values()) >= 500
     assert len(builtin.questions("one_hop")) == counts["one_hop"]
+
+
+def test_all_weights_together_stay_small() -> None:
+    """Danger: every fine-tuned variant adds megabytes to everybody's installation."""
+    files = list(builtin.model_path().parent.rglob("*.safetensors"))
+    assert len(files) >= 5  # three models, two wrappers
+    assert sum(file.stat().st_size for file in files) <= 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "kind", "least"),
+    [
+        ("builtin", "full", "one_hop", 19),
+        ("builtin", "full", "chunked", 19),
+        ("builtin", "kv_packet:wrapper={}/kv_packet.safetensors", "one_hop", 18),
+        ("builtin", "linked_packet:wrapper={}/linked_packet.safetensors", "two_hop", 17),
+        ("builtin-kvlink5", "kvlink:links=5", "two_hop", 18),
+        ("builtin-kvlink0", "kvlink:links=0", "one_hop", 18),
+    ],
+)
+def test_what_ships_answers(model: str, spec: str, kind: str, least: int) -> None:
+    """Danger: a wrapper of an earlier model, or weights broken by rounding: of 20 questions, so many must be right."""
+    engine = Engine.load(model, spec.format(builtin.model_path()), "memory")
+    assert right(engine, kind) >= least
+
+
+def test_reuse_without_repair_falls_where_an_earlier_document_is_needed() -> None:
+    """Danger: a collection so easy that no method has anything to repair."""
+    assert right(Engine.load("builtin", "naive", "memory"), "chunked") <= 12
+
+
+def right(engine: Engine, kind: str, count: int = 20) -> int:
+    """How many of a kind's first questions are answered with the right value."""
+    documents = builtin.documents()
+    found = 0
+    for question in builtin.questions(kind)[:count]:
+        cited = [documents[name] for name in question["documents"]]
+        answer = engine.answer(question["question"], cited, max_new_tokens=48)
+        found += normalise(question["value"]) in normalise(answer.text)
+    return found
