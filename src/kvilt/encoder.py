@@ -158,13 +158,13 @@ class Encoder:
         if self.compression == NONE:
             return cache
         model, around = self.model, (len(self.encoding.before), len(self.encoding.after))
-        probe, turn = ModelProbe(model, model.info()), model.rope.move
+        attention, turn = ModelProbe(model, model.info()).attention, model.rope.move
         made = Made(
             cache,
             around if self.encoding.keep else (0, 0),
             item.title_length,
             turn,
-            probe,
+            attention,
             self.text.plain_ids,
             model.context_length,
         )

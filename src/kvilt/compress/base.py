@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from kvilt import registry
 from kvilt.codec import Codec, PackedLayers
 from kvilt.errors import SpecError
-from kvilt.plan import Plan
 from kvilt.types import Document, DocumentCache
 
 KINDS = ("text", "rows", "numbers")  # in the order in which they are applied
-
-
-class Probe(Protocol):
-    """Runs plans for a press that asks the model."""
-
-    def attention(
-        self, plan: Plan, layers: Sequence[int], pool: Literal["mean", "max", "norm"] = "mean", last: int | None = None
-    ) -> Tensor:
-        """Attention that each row of a plan gets from its last `last` computed tokens, (layers, rows)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +25,7 @@ class Made:
     around: tuple[int, int]  # kept rows before and after the document's own
     title: int  # tokens of the title
     turn: Callable[[Tensor, Tensor], Tensor]  # moves keys by so many positions
-    probe: Probe
+    attention: Callable[..., Tensor]  # `ModelProbe.attention`: what each row of a plan gets, (layers, rows)
     tokenize: Callable[[str], Tensor]
     context: int  # positions that the model has
 

@@ -1,7 +1,7 @@
 """Presses: which rows of an encoded document may go, decided without any question, once, when it is encoded.
 
 The papers drop other rows in every head; a document cache has the same rows in all heads and layers, so scores are
-normalised per head and averaged. Sinks, title, header and trailer are never dropped."""
+normalised per head and averaged (KVzip's: the highest). Sinks, title, header and trailer are never dropped."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def leverage(rows: Tensor) -> Tensor:
 class KVzip(Press):
     """Lets the model repeat the document from its own cache: a row is worth the most attention that it gets meanwhile.
 
-    KVzip, arXiv 2505.23416: one more pass over the document. The highest of all heads, averaged over the layers."""
+    KVzip, arXiv 2505.23416: one more pass over the document. The highest of all heads and layers: what one of them
+    needs must stay."""
 
     def scores(self, made: Made) -> Tensor:
         cache, worth = made.cache, torch.zeros(len(made.cache.offsets))
@@ -143,8 +144,8 @@ class KVzip(Press):
             again = Segment(torch.cat([asked, chunk]), cache.length, name="repetition")
             plan = Plan((Segment(cache.placed_tokens, 0, cache, name="document"), again), cache.length)
             assert cache.layers is not None
-            seen = made.probe.attention(plan, range(cache.layers.shape[0]), "max", len(chunk) + 1)
-            worth = torch.maximum(worth, seen[:, : len(worth)].mean(0))
+            seen = made.attention(plan, range(cache.layers.shape[0]), "max", len(chunk) + 1)
+            worth = torch.maximum(worth, seen[:, : len(worth)].amax(0))
         return worth
 
 
