@@ -104,19 +104,6 @@ def mean_right(row: dict[str, Cell], kinds: Sequence[str]) -> float | None:
 
 
 COSTS = (("agreement", 1), ("kl", 3), ("charged", 3), ("computed", 1), ("kb_loaded", 0))
-METHODS = ("one_hop", "two_hop", "chunked", "babi")
-
-
-def methods(cells: Sequence[Cell]) -> str:
-    """A row per method and budget: accuracy with its interval, and fidelity and compute over all kinds."""
-    lines = []
-    for (_, strategy), row in rows(cells).items():
-        rest = [number(mean(row, METHODS, name), digits) for name, digits in COSTS if name != "computed"]
-        lines.append([f"`{strategy}`", *(scored(row.get(kind)) for kind in METHODS), *rest])
-    head = ["method", "one document", "two documents", "earlier chunk", "bAbI"]
-    return table([*head, "agreement %", "KL", "charged", "KB loaded"], lines)
-
-
 SECTIONS: dict[str, tuple[str, dict[str, Callable[[Sequence[Cell]], str]]]] = {
     "quality.md": (
         "quality",
@@ -127,7 +114,6 @@ SECTIONS: dict[str, tuple[str, dict[str, Callable[[Sequence[Cell]], str]]]] = {
         },
     ),
     "../README.md": ("quality", {"quality": short}),
-    "methods.md": ("methods", {"methods": methods}),
 }
 
 
