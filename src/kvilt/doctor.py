@@ -266,12 +266,12 @@ class _Lookup:
 
     def _encodings(self, stored: str) -> str:
         now = self.engine.strategy.encoding or Encoding()
-        before = "plain" if stored == Encoding().digest else "with another wrapper or sink around it"
+        before = "plain" if stored == Encoding().digest else "with another wrapper, sink or anchors"
         if now.before and now.before == self.engine.info.system:
             return (
                 f"it was encoded {before}, not behind this system text (sink=system: --system or the template changed)"
             )
-        wants = "plain" if now.digest == Encoding().digest else "its own wrapper or sink around it"
+        wants = "plain" if now.digest == Encoding().digest else "its own wrapper, sink or anchors"
         return f"it was encoded {before}; {self.engine.strategy!r} wants {wants}"
 
 

@@ -87,7 +87,8 @@ class Encoder:
             document, before = self.compression.shorten(document), len(ids)
             ids = self.text.document_ids(document)
             saved = before - len(ids)
-        around = len(self.encoding.before) + len(self.encoding.after)
+        e = self.encoding
+        around = len(e.before) + len(e.after) + e.anchors_of(len(ids))
         if len(ids) + around > self.model.context_length:
             name = document.id or document.title or document.text[:40]
             raise DocumentError(
@@ -95,7 +96,7 @@ class Encoder:
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
-        return Item(document, ids, self.model.key(ids, self.encoding, self.compression.identity(title)), title, saved)
+        return Item(document, ids, self.model.key(ids, e, self.compression.identity(title)), title, saved)
 
     def _storable(self, documents: Iterable[Document]) -> dict[str, Item]:
         """Documents by content address, those left out that must never be stored."""

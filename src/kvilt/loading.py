@@ -22,7 +22,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
     """A model ready to serve, and its tokenizer. Raises ModelError when it cannot be loaded or served exactly."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place, name = _device(device), _folder(name)
+    place, name = _device(device), folder(name)
     try:
         config = AutoConfig.from_pretrained(name)
         support.check_config(config)
@@ -40,7 +40,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
     return Model(hf, tokenizer_digest(tokenizer)), tokenizer
 
 
-def _folder(name: str) -> str:
+def folder(name: str) -> str:
     """`builtin` and `builtin-VARIANT` are models that ship with the package; other names are left alone."""
     if Path(name).exists():
         return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from kvilt import attention, identity, proof, support
 from kvilt.errors import ModelError
 from kvilt.pace import Pace
 from kvilt.placed import BufferPool, PlacedCache, Shape
-from kvilt.plan import Dense, Plan
+from kvilt.plan import Dense, Plan, encoding_mask
 from kvilt.rope import rope_of
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, TensorLayers, digest_of
 
@@ -110,32 +111,21 @@ class Model:
         """Encode documents (ids, (tokens,) each) alone, in one causal pass over before + document + after.
 
         Padding stands on the right, where no earlier token can see it. The pass runs at positions that put the document
-        itself at 0, so stored keys need no second rotation."""
-        runs = [encoding.run(ids) for ids in documents]
-        first = len(encoding.before) if not encoding.keep else 0
-        batch = nn.utils.rnn.pad_sequence(runs, batch_first=True)  # (documents, longest)
+        itself at 0, so stored keys need no second rotation. With anchors a token sees its own chunk and earlier anchors,
+        and only the anchors' rows stay."""
+        caches = [encoding.cache(ids, self.key(ids, encoding, compression)) for ids in documents]
+        batch = nn.utils.rnn.pad_sequence([c.tokens for c in caches], batch_first=True)  # (documents, longest)
+        chunks = [c.chunks for c in caches if c.chunks is not None]
+        mask = encoding_mask(nn.utils.rnn.pad_sequence(chunks, batch_first=True))[:, None] if chunks else None
         store = _Capture()
-        positions = torch.arange(batch.shape[1], device=self.shape.device) - first
+        positions = torch.arange(batch.shape[1], device=self.shape.device) - caches[0].dropped
         self._base(
-            inputs_embeds=self.embed(batch, encoding.learned), position_ids=positions[None], past_key_values=store
+            inputs_embeds=self.embed(batch, encoding.learned),
+            position_ids=positions[None],
+            past_key_values=store,
+            attention_mask=None if mask is None else mask.to(self.shape.device),
         )
-        return [
-            self._cut(store, i, run, ids, encoding, compression)
-            for i, (run, ids) in enumerate(zip(runs, documents, strict=True))
-        ]
-
-    def _cut(
-        self, store: _Capture, i: int, run: Tensor, ids: Tensor, encoding: Encoding, compression: str
-    ) -> DocumentCache:
-        first = 0 if encoding.keep else len(encoding.before)
-        rows = slice(first, len(run) if encoding.keep else first + len(ids))
-        keys = tuple(k[i, :, rows].cpu().clone(memory_format=torch.contiguous_format) for k in store.keys)
-        values = tuple(v[i, :, rows].cpu().clone(memory_format=torch.contiguous_format) for v in store.values)
-        length = len(run) if encoding.keep else len(ids)
-        key = self.key(ids, encoding, compression)
-        return DocumentCache(
-            run[: first + length], torch.arange(length), length, key, TensorLayers(keys, values), first
-        )
+        return [replace(cache, layers=store.rows(i, cache)) for i, cache in enumerate(caches)]
 
     @torch.no_grad()
     def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> tuple[Tensor, PlacedCache]:
@@ -247,6 +237,17 @@ class _Capture(Cache):
         self.keys.append(key_states)
         self.values.append(value_states)
         return key_states, value_states
+
+    def rows(self, i: int, cache: DocumentCache) -> TensorLayers:
+        """The rows that stay of the batch's document `i`, in memory of their own."""
+        at = cache.dropped + cache.offsets
+        whole = len(at) == cache.length
+        rows: slice | Tensor = slice(cache.dropped, cache.dropped + len(at)) if whole else at
+        keys, values = (
+            tuple(t[i][:, rows].cpu().clone(memory_format=torch.contiguous_format) for t in side)
+            for side in (self.keys, self.values)
+        )
+        return TensorLayers(keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -175,9 +175,8 @@ class Plan:
     def dense(self) -> Dense:
         """The plan as one pass: each reused document once as it was encoded, plus every computed token."""
         rows = [part for i, s in enumerate(self.segments) for part in _dense_rows(i, s, self.loaded(s))]
-        tokens, positions, segment, encoded, shown = (torch.cat(column) for column in zip(*rows, strict=True))
-        order = torch.arange(len(tokens))
-        own = encoded[:, None] & encoded[None] & (segment[:, None] == segment[None]) & (order[None] <= order[:, None])
+        tokens, positions, segment, encoded, shown, chunks = (torch.cat(column) for column in zip(*rows, strict=True))
+        own = encoded[:, None] & encoded[None] & (segment[:, None] == segment[None]) & encoding_mask(chunks)
         live = ~encoded[:, None] & shown[None] & (positions[None] <= positions[:, None])
         documents = torch.tensor([s.name == "document" for s in self.segments])
         context = live & (encoded & documents[segment])[None] if self.context else None
@@ -193,20 +192,28 @@ class Plan:
         return self.dense().mask
 
 
-def _dense_rows(index: int, s: Segment, loaded: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Columns (token, position, segment, encoded?, shown to computed tokens?) of one segment."""
+def encoding_mask(chunks: Tensor) -> Tensor:
+    """Which token sees which while a document is encoded, (..., run, run) bool, from `DocumentCache.chunks` (..., run)."""
+    order = torch.arange(chunks.shape[-1], device=chunks.device)
+    seen = chunks[..., None, :]
+    return (order[None] <= order[:, None]) & ((seen <= 0) | (seen == chunks.abs()[..., :, None]))
+
+
+def _dense_rows(index: int, s: Segment, loaded: Tensor) -> list[tuple[Tensor, ...]]:
+    """Columns (token, position, segment, encoded?, shown to computed tokens?, chunk) of one segment."""
     parts = []
     if s.cache is not None and loaded.any():
         places = torch.arange(len(s.cache.tokens)) - s.cache.dropped
         inside = (places >= 0) & (places < s.length)
         shown = torch.zeros(len(places), dtype=torch.bool)
         shown[inside] = s.reused[places[inside]]
-        parts.append((s.cache.tokens, s.start + places, torch.ones_like(shown), shown))
+        chunks = torch.zeros_like(places) if s.cache.chunks is None else s.cache.chunks
+        parts.append((s.cache.tokens, s.start + places, torch.ones_like(shown), shown, chunks))
     if s.computed.any():
         at = s.computed.nonzero()[:, 0]
         no, yes = torch.zeros(len(at), dtype=torch.bool), torch.ones(len(at), dtype=torch.bool)
-        parts.append((s.tokens[at], s.start + at, no, yes))
-    return [(t, p, torch.full_like(p, index), e, v) for t, p, e, v in parts]
+        parts.append((s.tokens[at], s.start + at, no, yes, torch.zeros_like(at)))
+    return [(t, p, torch.full_like(p, index), e, v, c) for t, p, e, v, c in parts]
 
 
 class Layout:

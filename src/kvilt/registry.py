@@ -18,6 +18,7 @@ TABLE: dict[str, dict[str, str]] = {
         "block": "kvilt.strategies.block:BlockAttention",
         "naive": "kvilt.strategies.naive:Naive",
         "kvlink": "kvilt.strategies.kvlink:KVLink",
+        "anchors": "kvilt.strategies.anchors:Anchors",
         "kv_packet": "kvilt.strategies.kv_packet:KVPacket",
         "linked_packet": "kvilt.strategies.linked_packet:LinkedPacket",
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",

@@ -46,24 +46,51 @@ class Document:
 class Encoding:
     """What stands around a document while it is encoded, and whether its rows are kept.
 
-    Ids below zero are learned vectors: id -1 is row 0 of `learned`, id -2 row 1, and so on.
+    Ids below zero are learned vectors: id -1 is row 0 of `learned`, id -2 row 1, and so on. With `chunk` > 0, `anchors`
+    follow every `chunk` tokens of the document, and their rows alone are kept of it; an incomplete last chunk gets its
+    share of them, rounded up.
     """
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     keep: bool = False
     learned: Tensor | None = None  # (vectors, hidden)
+    chunk: int = 0
+    anchors: tuple[int, ...] = ()
 
     @functools.cached_property
     def digest(self) -> str:
         """Content digest of everything that shapes the document's cache; vectors that stand elsewhere are left out."""
-        frame = json.dumps([self.before, self.after, self.keep])
+        frame = [self.before, self.after, self.keep, *([self.chunk, self.anchors] if self.chunk else [])]
         around = [-1 - i for i in (*self.before, *self.after) if i < 0]
-        return digest_of(frame, b"" if self.learned is None else self.learned[around].float())
+        return digest_of(json.dumps(frame), b"" if self.learned is None else self.learned[around].float())
 
-    def run(self, ids: Tensor) -> Tensor:
-        """All tokens of one encoding pass, (before + ids + after,)."""
-        return torch.cat([torch.tensor(self.before, dtype=torch.long), ids, torch.tensor(self.after, dtype=torch.long)])
+    def anchors_of(self, tokens: int) -> int:
+        """How many anchors a document of so many tokens gets."""
+        return -(-tokens * len(self.anchors) // self.chunk) if self.chunk else 0
+
+    def cache(self, ids: Tensor, key: CacheKey) -> DocumentCache:
+        """What encoding a document's ids (tokens,) gives, without its keys and values."""
+        around = self.before, self.after if self.keep else ()  # nothing that stays sees what is dropped after it
+        before, after = (torch.tensor(part, dtype=torch.long) for part in around)
+        inner, chunks = self._anchored(ids)
+        if chunks is not None:
+            chunks = torch.cat([torch.zeros_like(before), chunks, torch.zeros_like(after)])
+        run, first = torch.cat([before, inner, after]), 0 if self.keep else len(before)
+        offsets = torch.arange(len(run) - first)
+        offsets = offsets if chunks is None else offsets[chunks[first:] <= 0]
+        return DocumentCache(run, offsets, len(run) - first, key, None, first, chunks)
+
+    def _anchored(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The document's tokens with its anchors between them, and the chunk of each as in `DocumentCache.chunks`."""
+        if not self.chunk:
+            return ids, None
+        tokens, chunks = [], []
+        for number, piece in enumerate(torch.split(ids, self.chunk), 1):
+            share = self.anchors_of(len(piece))
+            tokens += [piece, torch.tensor(self.anchors[:share], dtype=torch.long)]
+            chunks += [torch.full((len(piece),), number), torch.full((share,), -number)]
+        return torch.cat(tokens), torch.cat(chunks)
 
 
 @dataclass(frozen=True)
@@ -164,6 +191,8 @@ class DocumentCache:
 
     `tokens` holds every token that was run; the first `dropped` of them stood before the document and left no rows.
     `offsets` names the place of each kept row, so pruned caches need no special case anywhere.
+    `chunks`, where the document was encoded in chunks, holds for each run token the number of its chunk, counted from 1:
+    negative for an anchor, 0 for what stood around the document. A token saw its own chunk and what is not positive.
     `layers` is None when the document was tokenised only (full recompute, `store=False`).
     """
 
@@ -173,6 +202,7 @@ class DocumentCache:
     key: CacheKey
     layers: Layers | None = None
     dropped: int = 0
+    chunks: Tensor | None = None  # (run,) int64
 
     @property
     def placed_tokens(self) -> Tensor:
@@ -220,12 +250,14 @@ class Prompt:
     @property
     def size(self) -> int:
         """Tokens of the ordinary prompt: what full recompute would compute."""
-        documents = sum(len(d.placed_tokens) - _added(d.placed_tokens) for d in self.documents)
+        documents = sum(len(d.placed_tokens) - _added(d) for d in self.documents)
         return self.system.length + documents + len(self.question) + self.saved
 
 
-def _added(tokens: Tensor) -> int:
-    return int((tokens < 0).sum())
+def _added(cache: DocumentCache) -> int:
+    """Learned vectors and anchors, which the ordinary prompt has not."""
+    anchors = 0 if cache.chunks is None else int((cache.chunks < 0).sum())
+    return anchors + int((cache.placed_tokens < 0).sum())
 
 
 @dataclass(frozen=True)

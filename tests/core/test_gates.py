@@ -26,6 +26,8 @@ MATRIX = [
     "kvlink:links=0",
     "kvlink:links=1",
     "kvlink:links=5",
+    "anchors:chunk=8,anchors=2",
+    "anchors:chunk=8,anchors=2,links=5",
     "kv_packet:wrapper=WRAPPER",
     "linked_packet:wrapper=WRAPPER,layout=slots",
     "linked_packet:wrapper=WRAPPER,layout=tail",
@@ -131,6 +133,7 @@ def test_only_recompute_free_plans_without_links_are_suffixes(wrapper: Path) -> 
     assert {s for s, yes in suffix.items() if not yes} == recomputing | {
         "kvlink:links=1",
         "kvlink:links=5",
+        "anchors:chunk=8,anchors=2,links=5",
         "linked_packet:wrapper=WRAPPER,layout=slots",
         "epic:tokens=3",
         "epic:tokens=16,sink=system",

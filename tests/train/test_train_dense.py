@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import train_kit as kit
 
 from kvilt.engine import Engine
 from kvilt.errors import TrainError
+from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.strategies.linked_packet import LinkedPacket
@@ -41,6 +44,8 @@ def strategies() -> dict:
         "tail": LinkedPacket(layout="tail").holding(wrapper()),
         "kvlink": Linked(links=2, tokens=TOKENS),
         "kvlink-0": Linked(links=0, tokens=LinkTokens((), (6,), (7,))),
+        "anchors": Anchors(links=2).holding(replace(TOKENS, anchors=(20, 21, 22), chunk=4)),
+        "anchors-0": Anchors().holding(LinkTokens((), (), (), (20,), 3)),
     }
 
 

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer
 
 import zoo
 from kvilt.engine import Engine
-from kvilt.errors import MissingExtra, TrainError, UserError
+from kvilt.errors import MissingExtra, SpecError, TrainError, UserError
 from kvilt.strategies.kvlink import LLAMA3_VOCABULARY, LinkTokens
 from kvilt.train import hf as glue
 from kvilt.train.data import Sample, Source
+from kvilt.train.dense import parts_of
 from kvilt.train.kinds import sft, text
 from kvilt.train.kvlink import KVLinkConfig, train_kvlink
 from kvilt.train.tokens import link_tokens
@@ -60,6 +61,50 @@ def test_without_links_it_is_block_fine_tuning(model_dir, tmp_path):
     linked = Engine.load(str(out), "kvlink:links=0", "memory").plan("q?", [Document("a")])
     block = Engine.load(str(out), "block", "memory").plan("q?", [Document("a")])
     assert torch.equal(linked.positions, block.positions)
+
+
+def test_anchors_are_trained_and_served_alike(model_dir, tmp_path):
+    """Danger: the mask of training is not the one of serving, or the anchors' embeddings stay as they were drawn."""
+    samples = [replace(s, ordered=True) for s in kit.samples(12)]
+    settings = {"links": 1, "anchors": 2, "chunk": 4, "steps": 2, "micro_batch": 4}
+    out = train(model_dir, tmp_path, samples[:8], samples[8:], **settings)
+    trained = json.loads((out / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())["best_metric"]
+    engine = Engine.load(str(out), "anchors:links=1", "memory")
+    tokens = engine.strategy.tokens
+    assert (len(tokens.ids), len(tokens.anchors), tokens.chunk) == (4, 2, 4)
+    losses = []
+    for s in samples[8:]:
+        answer = parts_of(engine.text, s).answer
+        scores = engine.score(s.question, s.documents, answer.tolist())
+        losses.append(torch.nn.functional.cross_entropy(scores, answer))
+    assert float(torch.stack(losses).mean()) == pytest.approx(trained, rel=1e-4)
+    before, after = (weights(f)["model.embed_tokens.weight"][list(tokens.anchors)] for f in (model_dir, out))
+    assert (before - after).abs().amax(1).min() > 0
+    with pytest.raises(SpecError, match="trained with chunk=4"):
+        Engine.load(str(out), "anchors:chunk=8", "memory")
+
+
+def test_anchors_are_added_where_none_are_left_and_survive_an_interruption(model_dir, tmp_path):
+    """Danger: an anchor shares its token or its first embedding with a link, or is drawn anew when a run goes on."""
+
+    def stopping(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    settings = {"slots": 30, "anchors": 4, "chunk": 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(model_dir, tmp_path / "stopped", on_progress=stopping, **settings)
+    resumed = train(model_dir, tmp_path / "stopped", **settings)
+    assert kit.same(weights(resumed), weights(train(model_dir, tmp_path / "whole", **settings)))
+    tokens = LinkTokens.from_json((resumed / "kvlink.json").read_text())
+    assert AutoTokenizer.from_pretrained(resumed).convert_ids_to_tokens(tokens.anchors[3]) == "<|anchor_3|>"
+    assert len(tokens.every) == 2 + 30 * 2 + 4
+    shorter = train(resumed, tmp_path / "shorter", slots=30, anchors=2, chunk=8, steps=2)
+    assert LinkTokens.from_json((shorter / "kvlink.json").read_text()) == replace(
+        tokens, anchors=tokens.anchors[:2], chunk=8
+    )
+    plain = train(resumed, tmp_path / "plain", slots=30, steps=2)
+    assert LinkTokens.from_json((plain / "kvlink.json").read_text()) == replace(tokens, anchors=(), chunk=0)
 
 
 def test_killed_and_resumed_equals_uninterrupted(model_dir, tmp_path):
@@ -176,6 +221,8 @@ def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, me
         {"patience": 0},
         {"max_tokens": 9999},
         {"lora": -1},
+        {"anchors": -1},
+        {"anchors": 2, "chunk": 0},
         {"held_out": 0.0},
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """The file of one stored document: a safetensors file that any safetensors library reads.
 
-Tensors: `tokens`, `offsets` (int64) and per layer `keys.{i}`, `values.{i}`, contiguous (heads, rows, head_dim).
+Tensors: `tokens`, `offsets` (int64), `chunks` (int64, only of documents that were encoded in chunks) and per layer
+`keys.{i}`, `values.{i}`, contiguous (heads, rows, head_dim).
 Metadata: format and version, key digest and identity fields, length, dropped, title, namespace, times, codec, and a
 BLAKE3 digest of every tensor. The header's own digest stands first, at a fixed place, and covers every other byte of
 the header; so no bit of the file can change unnoticed. No pickle anywhere.
@@ -45,6 +46,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NO_DIGEST = "0" * 64
 _OPENING = b'{"__metadata__":{"header":"'  # the header's digest follows, behind the 8 bytes of its length
 _DIGEST_AT = 8 + len(_OPENING)
+_FIRST = ("tokens", "offsets", "chunks")  # what stands before the rows; chunks only where there are some
 _PAGE = 4096
 _MAX_HEADER = 64 << 20
 
@@ -106,8 +108,8 @@ def open_file(path: Path, expected: CacheKey | None = None) -> DocumentCache:
         os.close(fd)
         raise
     with torch.inference_mode(False):
-        tokens, offsets = (layers.read(name).clone() for name in ("tokens", "offsets"))
-    return DocumentCache(tokens, offsets, header.length, header.key, layers, header.dropped)
+        first = {name: layers.read(name).clone() for name in _FIRST if name in header.spans}
+    return DocumentCache(length=header.length, key=header.key, layers=layers, dropped=header.dropped, **first)
 
 
 def read_header(path: Path) -> Header:
@@ -141,8 +143,7 @@ def _shapes(cache: DocumentCache) -> Shapes:
     """Dtype and shape of every tensor, in file order."""
     if cache.layers is None:
         raise ValueError("a document that was tokenised only has no rows to store")
-    shapes: Shapes = {"tokens": (torch.int64, tuple(cache.tokens.shape))}
-    shapes["offsets"] = (torch.int64, tuple(cache.offsets.shape))
+    shapes: Shapes = {name: (torch.int64, tuple(tensor.shape)) for name, tensor in _first(cache)}
     if isinstance(cache.layers, Packed):
         return {**shapes, **cache.layers.specs}
     count, *block = cache.layers.shape
@@ -151,9 +152,12 @@ def _shapes(cache: DocumentCache) -> Shapes:
     return shapes
 
 
+def _first(cache: DocumentCache) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name in _FIRST if (tensor := getattr(cache, name)) is not None]
+
+
 def _tensors(cache: DocumentCache) -> Iterator[tuple[str, Tensor]]:
-    yield "tokens", cache.tokens
-    yield "offsets", cache.offsets
+    yield from _first(cache)
     assert cache.layers is not None
     if isinstance(cache.layers, Packed):
         yield from ((name, cache.layers.read(name)) for name in cache.layers.specs)
@@ -178,7 +182,7 @@ def _header(meta: dict[str, str], shapes: Shapes, digests: dict[str, str]) -> by
     text = json.dumps(
         {"__metadata__": {"header": _NO_DIGEST, **meta, "digests": named}, **tensors}, separators=(",", ":")
     )
-    before_rows = sum(_nbytes(*shapes[name]) for name in ("tokens", "offsets"))
+    before_rows = sum(_nbytes(*shapes[name]) for name in _FIRST if name in shapes)
     text += " " * (-(8 + len(text) + before_rows) % _PAGE)
     raw = len(text).to_bytes(8, "little") + text.encode()
     return raw[:_DIGEST_AT] + _seal(raw) + raw[_DIGEST_AT + 64 :]

@@ -57,7 +57,7 @@ class MemoryStore(CacheStore):
         if self.contains([key]):
             return
         owned = _owned(cache)  # the copy is made outside the lock: it may read a file
-        size = owned.nbytes + owned.tokens.nbytes + owned.offsets.nbytes
+        size = owned.nbytes + sum(t.nbytes for t in (owned.tokens, owned.offsets, owned.chunks) if t is not None)
         expires = None if ttl is None else now + ttl
         entry = Entry(key, size, len(owned.tokens), title, namespace, now, now, 0, False, expires, asdict(cache.key))
         with self._lock:

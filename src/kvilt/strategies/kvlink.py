@@ -30,6 +30,8 @@ class LinkTokens:
     ids: tuple[tuple[int, ...], ...]  # (slots, links)
     start: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
+    anchors: tuple[int, ...] = ()  # of a checkpoint that was trained with them, and the tokens of a chunk
+    chunk: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> LinkTokens:
@@ -37,26 +39,35 @@ class LinkTokens:
         try:
             raw = json.loads(text)
             ids = tuple(tuple(map(int, row)) for row in raw["ids"])
-            found = cls(ids, tuple(map(int, raw["start"])), tuple(map(int, raw["end"])))
+            start, end, anchors = (tuple(map(int, part)) for part in (raw["start"], raw["end"], raw.get("anchors", ())))
+            found = cls(ids, start, end, anchors, int(raw.get("chunk", 0)))
         except (ValueError, KeyError, TypeError) as error:
             raise SpecError(f"kvlink: {DESCRIPTION} beside the model is not readable: {error!r}.") from error
         if len(set(map(len, ids))) > 1:
             raise SpecError(f"kvlink: {DESCRIPTION}: every slot needs the same number of link tokens.")
+        if bool(found.anchors) != (found.chunk > 0):
+            raise SpecError(f"kvlink: {DESCRIPTION}: anchors need a chunk, and a chunk needs anchors.")
         return found
 
     def to_json(self) -> str:
         """Write a description file."""
-        return json.dumps({"ids": self.ids, "start": self.start, "end": self.end})
+        anchored = {"anchors": self.anchors, "chunk": self.chunk} if self.chunk else {}
+        return json.dumps({"ids": self.ids, "start": self.start, "end": self.end, **anchored})
 
     @classmethod
     def of(cls, info: ModelInfo, links: int) -> LinkTokens:
         """The link tokens of a model: its own description, the published Llama layout, or reserved tokens."""
-        described = Path(info.directory or "") / DESCRIPTION
-        if info.directory and described.is_file():
-            return cls.from_json(described.read_text())
+        if (described := cls.described(info)) is not None:
+            return described
         if links:
             logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
         return cls.published(links) if info.vocab_size == LLAMA3_VOCABULARY else cls.reserve(info.reserved, links)
+
+    @classmethod
+    def described(cls, info: ModelInfo) -> LinkTokens | None:
+        """What the description beside the model's weights says, if there is one."""
+        path = Path(info.directory or "") / DESCRIPTION
+        return cls.from_json(path.read_text()) if info.directory and path.is_file() else None
 
     @classmethod
     def published(cls, links: int) -> LinkTokens:
@@ -79,6 +90,16 @@ class LinkTokens:
         rows = [free[i : i + links] for i in range(0, len(free) - links + 1, links)]
         return cls(tuple(rows), reserved[:1], reserved[1:2])
 
+    @property
+    def every(self) -> set[int]:
+        """The ids of all these tokens."""
+        return {*self.start, *self.end, *self.anchors, *(i for row in self.ids for i in row)}
+
+    def free(self, reserved: tuple[int, ...]) -> tuple[int, ...]:
+        """The reserved tokens that are none of these."""
+        taken = self.every
+        return tuple(i for i in reserved if i not in taken)
+
 
 @dataclass(frozen=True)
 class KVLink(Strategy):
@@ -95,7 +116,7 @@ class KVLink(Strategy):
 
     def bind(self, info: ModelInfo) -> Self:
         """Find the checkpoint's link tokens."""
-        tokens = LinkTokens.of(info, self.links)
+        tokens = self._tokens(info)
         known = len(tokens.ids[0]) if tokens.ids else 0
         if self.links > known:
             raise SpecError(f"kvlink:links={self.links}: this checkpoint has {known} link tokens per document.")
@@ -111,6 +132,9 @@ class KVLink(Strategy):
         for slot, document in enumerate(prompt.documents):
             layout.reuse(document).compute(self._links(slot), name="links")
         return layout.compute(torch.tensor(self.tokens.end), name="end").ask().plan()
+
+    def _tokens(self, info: ModelInfo) -> LinkTokens:
+        return LinkTokens.of(info, self.links)
 
     def _links(self, slot: int) -> Tensor:
         ids = self.tokens.ids[slot][: self.links] if self.links else ()

@@ -55,10 +55,8 @@ class Planned:
 
 def planned(ids: Tensor, encoding: Encoding) -> DocumentCache:
     """The cache that encoding `ids` (tokens,) would give, without its keys and values."""
-    run = encoding.run(ids)
-    first = 0 if encoding.keep else len(encoding.before)
-    length = len(run) if encoding.keep else len(ids)
-    return DocumentCache(run[: first + length], torch.arange(length), length, NOWHERE, Planned(length), first)
+    cache = encoding.cache(ids, NOWHERE)
+    return replace(cache, layers=Planned(len(cache.offsets)))
 
 
 @dataclass(frozen=True, eq=False)

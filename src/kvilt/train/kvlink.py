@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from transformers import set_seed
 
 from kvilt import attention, support
 from kvilt.errors import MissingExtra, ModelError, TrainError
+from kvilt.loading import folder
+from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.text import TextFormat
 from kvilt.train.data import Pick, Sample, Source, check_disjoint, draw, schedule, sources_of, split_held_out
 from kvilt.train.dense import Row, merged, parts_of, row_of
 from kvilt.train.hf import Settings, run
 from kvilt.train.job import Report
-from kvilt.train.tokens import link_tokens
+from kvilt.train.tokens import anchored, link_tokens
 from kvilt.types import digest_of
 
 RUN = "run.json"  # what a folder's run is
@@ -34,6 +36,8 @@ class KVLinkConfig(Settings):
     links: int = 5  # link tokens per document; 0: block fine-tuning
     slots: int = 40  # documents that have link tokens of their own
     markers: bool = True  # tokens that open and close the documents
+    anchors: int = 0  # anchor tokens after every chunk, whose rows alone are kept of a document; 0: none, all rows
+    chunk: int = 100  # tokens of a chunk
     lora: int = 0  # rank of LoRA; 0 trains all weights
     max_tokens: int = 4096  # longest sample
     answer_tokens: int = 1024  # longest answer learned; plain text is cut at max_tokens
@@ -90,9 +94,11 @@ def train_kvlink(
         sources, held_out = split_held_out(sources, config.held_out, config.seed)
     check_disjoint(sources, held_out)
     hf, tokenizer = _load(model)
-    tokens = link_tokens(hf, tokenizer, TextFormat.of(tokenizer).reserved(), config.links, config.slots)
-    tokens = tokens if config.markers else LinkTokens(tokens.ids)
-    rows = _rows(KVLink(links=config.links, tokens=tokens), tokenizer, sources, config)
+    tokens = _tokens(hf, tokenizer, config)
+    strategy = KVLink(links=config.links, tokens=tokens)
+    if config.anchors:
+        strategy = Anchors(links=config.links).holding(tokens)
+    rows = _rows(strategy, tokenizer, sources, config)
     tests = _tests(rows, held_out)
     _check_lengths(rows, (*sources, *tests.sources), hf.config.max_position_embeddings)
     _claim(out, model, config, sources)
@@ -101,10 +107,18 @@ def train_kvlink(
     return out
 
 
+def _tokens(hf: Any, tokenizer: Any, c: KVLinkConfig) -> LinkTokens:
+    reserved = TextFormat.of(tokenizer).reserved()
+    tokens = link_tokens(hf, tokenizer, reserved, c.links, c.slots)
+    tokens = anchored(tokens, hf, tokenizer, reserved, c.anchors, c.chunk)
+    return tokens if c.markers else replace(tokens, start=(), end=())
+
+
 def _check(c: KVLinkConfig) -> None:
     c.check()
     wrong = {
         "links, slots": c.links < 0 or c.slots < 1,
+        "anchors, chunk": c.anchors < 0 or c.chunk < 1,
         "lora, fewest": min(c.lora, c.fewest) < 0,
         "max_tokens, answer_tokens, held_out_limit": min(c.max_tokens, c.answer_tokens, c.held_out_limit) < 1,
     }
@@ -125,8 +139,8 @@ def _load(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        hf = AutoModelForCausalLM.from_pretrained(folder(model), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder(model))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {model!r}: {error}") from error
     support.check_config(hf.config)
@@ -189,12 +203,11 @@ def _adapted(hf: Any, c: KVLinkConfig, tokens: LinkTokens) -> Any:
         import peft
     except ImportError:
         raise MissingExtra("peft", "train") from None
-    learned = sorted({i for row in tokens.ids for i in row} | set(tokens.start) | set(tokens.end))
     settings = peft.LoraConfig(
         r=c.lora,
         lora_alpha=2 * c.lora,
         target_modules="all-linear",
-        trainable_token_indices=learned or None,
+        trainable_token_indices=sorted(tokens.every) or None,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(hf, settings)
