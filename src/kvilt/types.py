@@ -215,6 +215,14 @@ class DocumentCache:
         return replace(self, offsets=self.offsets[rows], layers=layers)
 
     @property
+    def own_tokens(self) -> Tensor:
+        """The document's tokens as the ordinary prompt has them, without learned vectors and anchors, (tokens,)."""
+        own = self.placed_tokens >= 0
+        if self.chunks is not None:
+            own &= self.chunks[self.dropped : self.dropped + self.length] >= 0
+        return self.placed_tokens[own]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the key and value rows as they are stored."""
         return 0 if self.layers is None else self.layers.nbytes
@@ -250,14 +258,8 @@ class Prompt:
     @property
     def size(self) -> int:
         """Tokens of the ordinary prompt: what full recompute would compute."""
-        documents = sum(len(d.placed_tokens) - _added(d) for d in self.documents)
+        documents = sum(len(d.own_tokens) for d in self.documents)
         return self.system.length + documents + len(self.question) + self.saved
-
-
-def _added(cache: DocumentCache) -> int:
-    """Learned vectors and anchors, which the ordinary prompt has not."""
-    anchors = 0 if cache.chunks is None else int((cache.chunks < 0).sum())
-    return anchors + int((cache.placed_tokens < 0).sum())
 
 
 @dataclass(frozen=True)

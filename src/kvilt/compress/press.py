@@ -133,7 +133,7 @@ class KVzip(Press):
 
     def scores(self, made: Made) -> Tensor:
         cache, worth = made.cache, torch.zeros(len(made.cache.offsets))
-        ids = cache.placed_tokens[made.around[0] : cache.length - made.around[1]]
+        ids = cache.own_tokens
         asked = made.tokenize("\nRepeat the previous context:\n")
         room = min(CHUNK, made.context - cache.length - len(asked))
         if room < 1:

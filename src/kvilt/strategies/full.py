@@ -24,6 +24,5 @@ def recompute(prompt: Prompt) -> Plan:
     """The plan of the ordinary prompt; what stands around documents that were encoded is left out."""
     layout = Layout(prompt).compute(prompt.system.placed_tokens, name="system")
     for document in prompt.documents:
-        tokens = document.placed_tokens
-        layout.compute(tokens[tokens >= 0], name="document")
+        layout.compute(document.own_tokens, name="document")
     return layout.ask().plan()
