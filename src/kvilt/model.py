@@ -241,12 +241,7 @@ class _Capture(Cache):
     def rows(self, i: int, cache: DocumentCache) -> TensorLayers:
         """The rows that stay of the batch's document `i`, in memory of their own."""
         at = cache.dropped + cache.offsets
-        whole = len(at) == cache.length
-        rows: slice | Tensor = slice(cache.dropped, cache.dropped + len(at)) if whole else at
-        keys, values = (
-            tuple(t[i][:, rows].cpu().clone(memory_format=torch.contiguous_format) for t in side)
-            for side in (self.keys, self.values)
-        )
+        keys, values = (tuple(t[i][:, at].cpu().contiguous() for t in side) for side in (self.keys, self.values))
         return TensorLayers(keys, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -209,10 +209,9 @@ def _dense_rows(index: int, s: Segment, loaded: Tensor) -> list[tuple[Tensor, ..
         shown[inside] = s.reused[places[inside]]
         chunks = torch.zeros_like(places) if s.cache.chunks is None else s.cache.chunks
         parts.append((s.cache.tokens, s.start + places, torch.ones_like(shown), shown, chunks))
-    if s.computed.any():
-        at = s.computed.nonzero()[:, 0]
-        no, yes = torch.zeros(len(at), dtype=torch.bool), torch.ones(len(at), dtype=torch.bool)
-        parts.append((s.tokens[at], s.start + at, no, yes, torch.zeros_like(at)))
+    at = s.computed.nonzero()[:, 0]
+    no, yes = torch.zeros(len(at), dtype=torch.bool), torch.ones(len(at), dtype=torch.bool)
+    parts.append((s.tokens[at], s.start + at, no, yes, torch.zeros_like(at)))
     return [(t, p, torch.full_like(p, index), e, v, c) for t, p, e, v, c in parts]
 
 

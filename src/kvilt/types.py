@@ -71,26 +71,16 @@ class Encoding:
 
     def cache(self, ids: Tensor, key: CacheKey) -> DocumentCache:
         """What encoding a document's ids (tokens,) gives, without its keys and values."""
-        around = self.before, self.after if self.keep else ()  # nothing that stays sees what is dropped after it
-        before, after = (torch.tensor(part, dtype=torch.long) for part in around)
-        inner, chunks = self._anchored(ids)
-        if chunks is not None:
-            chunks = torch.cat([torch.zeros_like(before), chunks, torch.zeros_like(after)])
-        run, first = torch.cat([before, inner, after]), 0 if self.keep else len(before)
+        parts: list[tuple[Tensor | tuple[int, ...], int]] = [(self.before, 0)]
+        for number, piece in enumerate(torch.split(ids, self.chunk or max(1, len(ids))), 1):
+            parts += [(piece, number), (self.anchors[: self.anchors_of(len(piece))], -number)]
+        parts += [(self.after, 0)] if self.keep else []  # nothing that stays sees what is dropped after it
+        run = torch.cat([torch.as_tensor(tokens, dtype=torch.long) for tokens, _ in parts])
+        chunks = torch.cat([torch.full((len(tokens),), n) for tokens, n in parts]) if self.chunk else None
+        first = 0 if self.keep else len(self.before)
         offsets = torch.arange(len(run) - first)
         offsets = offsets if chunks is None else offsets[chunks[first:] <= 0]
         return DocumentCache(run, offsets, len(run) - first, key, None, first, chunks)
-
-    def _anchored(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The document's tokens with its anchors between them, and the chunk of each as in `DocumentCache.chunks`."""
-        if not self.chunk:
-            return ids, None
-        tokens, chunks = [], []
-        for number, piece in enumerate(torch.split(ids, self.chunk), 1):
-            share = self.anchors_of(len(piece))
-            tokens += [piece, torch.tensor(self.anchors[:share], dtype=torch.long)]
-            chunks += [torch.full((len(piece),), number), torch.full((share,), -number)]
-        return torch.cat(tokens), torch.cat(chunks)
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,13 @@ class Wrapper:
         except Exception as error:  # torch raises many types for foreign files
             raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
         vectors = {k: v for k in ("header", "trailer") if isinstance(v := _entry(state, k), Tensor)}
-        flat = {
-            k: v.float().flatten(0, -2) for k, v in vectors.items() if v.dim() in (2, 3)
-        }  # shipped as (1, vectors, hidden)
+        # shipped as (1, vectors, hidden)
+        flat = {k: v.float().flatten(0, -2) for k, v in vectors.items() if v.dim() in (2, 3)}
         if len(flat) < 2:
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise WrapperError(f"{path} holds no header and trailer; found {json.dumps(found)}.")
-        if (
-            not all(torch.isfinite(v).all() for v in flat.values())
-            or flat["header"].shape[1] != flat["trailer"].shape[1]
-        ):
+        finite = all(torch.isfinite(v).all() for v in flat.values())
+        if not finite or flat["header"].shape[1] != flat["trailer"].shape[1]:
             raise WrapperError(f"{path}: header and trailer must be finite and of the same width.")
         return cls(flat["header"], flat["trailer"], metadata={"source": path.name})
 

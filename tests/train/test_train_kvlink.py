@@ -80,7 +80,7 @@ def test_anchors_are_trained_and_served_alike(model_dir, tmp_path):
     assert float(torch.stack(losses).mean()) == pytest.approx(trained, rel=1e-4)
     before, after = (weights(f)["model.embed_tokens.weight"][list(tokens.anchors)] for f in (model_dir, out))
     assert (before - after).abs().amax(1).min() > 0
-    with pytest.raises(SpecError, match="trained with chunk=4"):
+    with pytest.raises(SpecError, match="has chunk=4"):
         Engine.load(str(out), "anchors:chunk=8", "memory")
 
 

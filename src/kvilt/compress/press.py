@@ -133,14 +133,13 @@ class KVzip(Press):
 
     def scores(self, made: Made) -> Tensor:
         cache, worth = made.cache, torch.zeros(len(made.cache.offsets))
-        ids = cache.own_tokens
         asked = made.tokenize("\nRepeat the previous context:\n")
         room = min(CHUNK, made.context - cache.length - len(asked))
         if room < 1:
             raise DocumentError(
                 f"kvzip: a document of {cache.length} tokens leaves no room to repeat it in a context of {made.context}."
             )
-        for chunk in torch.split(ids, room):
+        for chunk in torch.split(cache.own_tokens, room):
             again = Segment(torch.cat([asked, chunk]), cache.length, name="repetition")
             plan = Plan((Segment(cache.placed_tokens, 0, cache, name="document"), again), cache.length)
             assert cache.layers is not None

@@ -11,6 +11,7 @@ from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
 from kvilt.types import Encoding, ModelInfo
 
 CHUNK, ANCHORS = 100, 25  # KVLink's, keeping a quarter; for models that say nothing of their own
+TRAIN = "Train one for yours: kvilt train kvlink --set anchors=N --set chunk=N."
 
 logger = logging.getLogger("kvilt")
 
@@ -29,9 +30,8 @@ class Anchors(KVLink):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("chunk", "anchors"):
-            if getattr(self, name) < 0:
-                raise SpecError(f"option {name} wants 0 or more, not {getattr(self, name)}.")
+        if min(self.chunk, self.anchors) < 0:
+            raise SpecError(f"options chunk and anchors want 0 or more, not {self.chunk} and {self.anchors}.")
 
     def bind(self, info: ModelInfo) -> Self:
         """Find the checkpoint's anchor and link tokens."""
@@ -39,31 +39,16 @@ class Anchors(KVLink):
 
     def holding(self, tokens: LinkTokens) -> Self:
         """The strategy with these tokens. Raises SpecError when they were trained for other anchors or chunks."""
-        trained = {"chunk": tokens.chunk, "anchors": len(tokens.anchors)}
-        for name, value in trained.items():
-            if not value:
-                raise SpecError(f"anchors: this checkpoint was trained without anchors. {_train(self)}")
-            if getattr(self, name) not in (0, value):
-                raise SpecError(
-                    f"anchors:{name}={getattr(self, name)}: this checkpoint was trained with {name}={value}."
-                )
-        encoding = Encoding(chunk=tokens.chunk, anchors=tokens.anchors)
-        return replace(self, tokens=tokens, encoding=encoding, chunk=tokens.chunk, anchors=len(tokens.anchors))
+        there = replace(self, chunk=tokens.chunk, anchors=len(tokens.anchors), tokens=tokens)
+        if not tokens.chunk or self.chunk not in (0, there.chunk) or self.anchors not in (0, there.anchors):
+            raise SpecError(f"{self!r}: this checkpoint has chunk={there.chunk}, anchors={there.anchors}. {TRAIN}")
+        return replace(there, encoding=Encoding(chunk=tokens.chunk, anchors=tokens.anchors))
 
-    def _tokens(self, info: ModelInfo) -> LinkTokens:
-        if (described := LinkTokens.described(info)) is not None:
-            return described
+    def _undescribed(self, info: ModelInfo) -> LinkTokens:
         logger.warning("anchors: no %s beside this model: its anchor tokens are untrained", DESCRIPTION)
         wanted = self.anchors or ANCHORS
         links = LinkTokens.of(replace(info, reserved=info.reserved[:-wanted]), self.links)
         free = links.free(info.reserved)[:wanted]
         if len(free) < wanted:
-            raise SpecError(
-                f"anchors:anchors={wanted}: this tokenizer has {len(free)} reserved tokens for them. {_train(self)}"
-            )
+            raise SpecError(f"anchors={wanted}: this tokenizer has {len(free)} reserved tokens for them. {TRAIN}")
         return replace(links, anchors=free, chunk=self.chunk or CHUNK)
-
-
-def _train(wanted: Anchors) -> str:
-    chunk, anchors = wanted.chunk or CHUNK, wanted.anchors or ANCHORS
-    return f"Train it for them first: kvilt train kvlink --set anchors={anchors} --set chunk={chunk}."

@@ -43,10 +43,8 @@ class LinkTokens:
             found = cls(ids, start, end, anchors, int(raw.get("chunk", 0)))
         except (ValueError, KeyError, TypeError) as error:
             raise SpecError(f"kvlink: {DESCRIPTION} beside the model is not readable: {error!r}.") from error
-        if len(set(map(len, ids))) > 1:
-            raise SpecError(f"kvlink: {DESCRIPTION}: every slot needs the same number of link tokens.")
-        if bool(found.anchors) != (found.chunk > 0):
-            raise SpecError(f"kvlink: {DESCRIPTION}: anchors need a chunk, and a chunk needs anchors.")
+        if len(set(map(len, ids))) > 1 or bool(anchors) != (found.chunk > 0):
+            raise SpecError(f"kvlink: {DESCRIPTION}: every slot needs the same number of link tokens, anchors a chunk.")
         return found
 
     def to_json(self) -> str:
@@ -56,9 +54,7 @@ class LinkTokens:
 
     @classmethod
     def of(cls, info: ModelInfo, links: int) -> LinkTokens:
-        """The link tokens of a model: its own description, the published Llama layout, or reserved tokens."""
-        if (described := cls.described(info)) is not None:
-            return described
+        """Untrained link tokens of a model that has no description: the published Llama layout, or reserved tokens."""
         if links:
             logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
         return cls.published(links) if info.vocab_size == LLAMA3_VOCABULARY else cls.reserve(info.reserved, links)
@@ -116,7 +112,7 @@ class KVLink(Strategy):
 
     def bind(self, info: ModelInfo) -> Self:
         """Find the checkpoint's link tokens."""
-        tokens = self._tokens(info)
+        tokens = LinkTokens.described(info) or self._undescribed(info)
         known = len(tokens.ids[0]) if tokens.ids else 0
         if self.links > known:
             raise SpecError(f"kvlink:links={self.links}: this checkpoint has {known} link tokens per document.")
@@ -133,7 +129,7 @@ class KVLink(Strategy):
             layout.reuse(document).compute(self._links(slot), name="links")
         return layout.compute(torch.tensor(self.tokens.end), name="end").ask().plan()
 
-    def _tokens(self, info: ModelInfo) -> LinkTokens:
+    def _undescribed(self, info: ModelInfo) -> LinkTokens:
         return LinkTokens.of(info, self.links)
 
     def _links(self, slot: int) -> Tensor:

@@ -49,7 +49,8 @@ class TurboRAG(Strategy):
         layout, composite = begin(prompt), self.positions == "composite"
         for document in sorted(prompt.documents, key=lambda d: composite and d.layers is None):
             if document.layers is None:
-                layout.compute((self.encoding or Encoding()).run(document.placed_tokens), name="document")
+                around = (self.encoding or Encoding()).cache(document.placed_tokens, document.key)
+                layout.compute(around.tokens, name="document")
             else:
                 layout.reuse(document, at=prompt.system.length if composite else None)
         markers = 2 * sum(d.layers is not None for d in prompt.documents)

@@ -123,22 +123,14 @@ def qa_sample(row: dict[str, Any], where: str) -> Sample:
     if not isinstance(raw, list) or not raw:
         raise TrainError(f'{where}: no documents: each row needs "documents": [...].')
     documents = tuple(_document(d, f"{where}, document {i + 1}") for i, d in enumerate(raw))
-    gold = (
-        row.get("gold")
-        if isinstance(row.get("gold"), list)
-        else [i for i, d in enumerate(raw) if isinstance(d, dict) and d.get("gold")]
-    )
-    if not all(isinstance(i, int) and 0 <= i < len(documents) for i in gold):  # type: ignore[union-attr]
+    gold = row.get("gold")
+    if not isinstance(gold, list):
+        gold = [i for i, d in enumerate(raw) if isinstance(d, dict) and d.get("gold")]
+    if not all(isinstance(i, int) and 0 <= i < len(documents) for i in gold):
         raise TrainError(f'{where}: "gold" must hold indices of its {len(documents)} documents, not {gold}.')
-    return Sample(
-        documents,
-        str(row.get("question") or ""),
-        answers_of(row),
-        tuple(gold or ()),
-        bool(row.get("ordered")),
-        where=where,
-        further=tuple(_further(q, len(documents), bool(row.get("ordered")), where) for q in row.get("further") or ()),
-    )
+    asked, ordered = str(row.get("question") or ""), bool(row.get("ordered"))
+    further = tuple(_further(q, len(documents), ordered, where) for q in row.get("further") or ())
+    return Sample(documents, asked, answers_of(row), tuple(gold), ordered, where=where, further=further)
 
 
 def _further(raw: Any, count: int, ordered: bool, where: str) -> Further:

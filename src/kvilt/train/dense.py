@@ -21,42 +21,15 @@ from kvilt.strategies.base import Strategy
 from kvilt.strategies.full import FullRecompute
 from kvilt.text import TextFormat
 from kvilt.train.data import Sample
-from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, Which, digest_of
+from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, TensorLayers, digest_of
 
 IGNORE = -100
 NOWHERE = CacheKey("", "", "", "", "", "", "")  # caches that are only planned have no address
 
 
-@dataclass(frozen=True)
-class Planned:
-    """Layers of a cache that was never made: plans may count on them, nothing can be fetched."""
-
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(0, 0, rows, 0): rows are all that a plan looks at."""
-        return 0, 0, self.rows, 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """No data, any dtype."""
-        return torch.float32
-
-    @property
-    def nbytes(self) -> int:
-        """No data, no bytes."""
-        return 0
-
-    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
-        """Raises RuntimeError: there is nothing to fetch."""
-        raise RuntimeError("a planned cache holds no keys and values")
-
-
 def planned(ids: Tensor, encoding: Encoding) -> DocumentCache:
     """The cache that encoding `ids` (tokens,) would give, without its keys and values."""
-    cache = encoding.cache(ids, NOWHERE)
-    return replace(cache, layers=Planned(len(cache.offsets)))
+    return replace(encoding.cache(ids, NOWHERE), layers=TensorLayers((), ()))  # plans only ask whether there are any
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +78,8 @@ def parts_of(text: TextFormat, sample: Sample) -> Parts:
     documents = tuple(text.document_ids(d) for d in sample.documents)
     answer = answer_ids(text, sample.answers[0]) if sample.answers else torch.empty(0, dtype=torch.long)
     if sample.plain:
-        bos = torch.tensor(
-            [text.tokenizer.bos_token_id] if text.tokenizer.bos_token_id is not None else [], dtype=torch.long
-        )
+        start = text.tokenizer.bos_token_id
+        bos = torch.tensor([] if start is None else [start], dtype=torch.long)
         return Parts(bos, (), torch.empty(0, dtype=torch.long), answer, sample)
     return Parts(text.system_ids(), documents, text.question_ids(sample.question), answer, sample)
 

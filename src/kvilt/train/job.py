@@ -117,9 +117,8 @@ def prepare(
     if held_out is None:
         sources, held_out = split_held_out(sources, c.held_out, c.seed)
     else:
-        held_out = with_questions(engine, [Source(tuple(held_out), name="held-out")], out / "held-out", c.seed)[
-            0
-        ].samples
+        aside = [Source(tuple(held_out), name="held-out")]
+        held_out = with_questions(engine, aside, out / "held-out", c.seed)[0].samples
     check_disjoint(sources, held_out)
     every = (*sources, Source(_some(held_out, c.held_out_limit), name="held-out"))
     picks = schedule(sources, c.steps * c.batch, c.views, c.seed)

@@ -23,7 +23,7 @@ from kvilt.train.data import Pick, Sample, Source, check_disjoint, draw, schedul
 from kvilt.train.dense import Row, merged, parts_of, row_of
 from kvilt.train.hf import Settings, run
 from kvilt.train.job import Report
-from kvilt.train.tokens import anchored, link_tokens
+from kvilt.train.tokens import link_tokens
 from kvilt.types import digest_of
 
 RUN = "run.json"  # what a folder's run is
@@ -94,10 +94,10 @@ def train_kvlink(
         sources, held_out = split_held_out(sources, config.held_out, config.seed)
     check_disjoint(sources, held_out)
     hf, tokenizer = _load(model)
-    tokens = _tokens(hf, tokenizer, config)
-    strategy = KVLink(links=config.links, tokens=tokens)
-    if config.anchors:
-        strategy = Anchors(links=config.links).holding(tokens)
+    c, reserved = config, TextFormat.of(tokenizer).reserved()
+    tokens = link_tokens(hf, tokenizer, reserved, c.links, c.slots, c.anchors, c.chunk)
+    tokens = tokens if c.markers else replace(tokens, start=(), end=())
+    strategy = Anchors(c.links).holding(tokens) if c.anchors else KVLink(c.links, tokens=tokens)
     rows = _rows(strategy, tokenizer, sources, config)
     tests = _tests(rows, held_out)
     _check_lengths(rows, (*sources, *tests.sources), hf.config.max_position_embeddings)
@@ -105,13 +105,6 @@ def train_kvlink(
     set_seed(config.seed)  # LoRA's matrices are drawn
     run(_adapted(hf, config, tokens), tokenizer, rows, tests, config, tokens, out, on_progress)
     return out
-
-
-def _tokens(hf: Any, tokenizer: Any, c: KVLinkConfig) -> LinkTokens:
-    reserved = TextFormat.of(tokenizer).reserved()
-    tokens = link_tokens(hf, tokenizer, reserved, c.links, c.slots)
-    tokens = anchored(tokens, hf, tokenizer, reserved, c.anchors, c.chunk)
-    return tokens if c.markers else replace(tokens, start=(), end=())
 
 
 def _check(c: KVLinkConfig) -> None:

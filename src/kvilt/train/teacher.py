@@ -130,10 +130,8 @@ def generate(
     device = model.shape.device
     cache = DynamicCache()
     mask = additive(batch.mask.to(device), model.shape.dtype)
-    position, seen = (
-        batch.positions[:, -1:].to(device),
-        batch.mask[:, 0, -1].to(device),
-    )  # the last row sees all of its prompt
+    # the last row sees all of its prompt
+    position, seen = batch.positions[:, -1:].to(device), batch.mask[:, 0, -1].to(device)
     step: dict[str, Any] = {"inputs_embeds": model.embed(batch.tokens), "position_ids": batch.positions.to(device)}
     tokens: list[Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
