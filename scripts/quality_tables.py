@@ -24,9 +24,11 @@ def load(name: str) -> list[Cell]:
 
 
 def rows(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
-    """(model, strategy) -> kind -> cell, in the order of the file."""
+    """(model, strategy) -> kind -> cell; models in the order of the file, full recompute first, the floor last."""
     found: dict[tuple[str, str], dict[str, Cell]] = {}
-    for cell in cells:
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    roles = ("full", "strategy", "floor")
+    for cell in sorted(cells, key=lambda c: (models.index(c["model"]), roles.index(c["role"]))):
         found.setdefault((cell["model"], cell["strategy"]), {})[cell["kind"]] = cell
     return found
 
