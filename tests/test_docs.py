@@ -58,9 +58,10 @@ def test_commands_run_as_printed(tmp_path: Path) -> None:
         assert done.returncode in expected, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
-def test_figures_are_those_of_the_results() -> None:
+@pytest.mark.parametrize("name", ["benchmark_tables.py", "quality_tables.py"])
+def test_figures_are_those_of_the_results(name: str) -> None:
     """README and benchmarks/ hold what the JSON results beside them say."""
-    script = [sys.executable, str(ROOT / "scripts" / "benchmark_tables.py"), "--check"]
+    script = [sys.executable, str(ROOT / "scripts" / name), "--check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
