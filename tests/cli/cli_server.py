@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -23,6 +24,7 @@ def child(arguments: list[str], out: str, env: dict[str, str]) -> None:
         os.dup2(os.open(out + suffix, os.O_CREAT | os.O_WRONLY, 0o644), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     sys.argv = ["kvilt", *arguments]
     code = 99
     try:
