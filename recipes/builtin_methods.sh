@@ -17,7 +17,9 @@ wrapper() {
 }
 # KVLink: every weight is trained, from the data's own answers.
 kvlink() {
-    kvilt train kvlink --model builtin --out "$out/kvlink$1" --set "links=$1" --set slots=18 --set max_tokens=2048 \
+    name=$1 model=$2
+    shift 2
+    kvilt train kvlink --model "$model" --out "$out/$name" "$@" --set slots=18 --set max_tokens=2048 \
         --set steps=550 --set batch=16 --set micro_batch=8 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
         "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
 }
@@ -27,7 +29,9 @@ all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
 for name in "$@"; do
     # shellcheck disable=SC2086
     case $name in
-    kvlink*) kvlink "${name#kvlink}" ;;
+    kvlink*) kvlink "$name" builtin --set "links=${name#kvlink}" ;;
+    # Anchors start from KVLink's weights; anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
+    anchors*) kvlink "$name" builtin-kvlink5 --set links=5 --set chunk=16 --set "anchors=${name#anchors}" ;;
     packet) wrapper packet packet --set steps=250 $all ;;
     linked) wrapper linked-packet linked --set "start=$out/packet/wrapper.safetensors" --set links=5 --set steps=300 $all ;;
     linked_tail) wrapper linked-packet linked_tail --set "start=$out/packet/wrapper.safetensors" --set links=8 --set layout=tail --set steps=200 $all ;;
