@@ -20,7 +20,7 @@ kvlink() {
     name=$1 model=$2
     shift 2
     kvilt train kvlink --model "$model" --out "$out/$name" "$@" --set slots=18 --set max_tokens=2048 \
-        --set steps=550 --set batch=16 --set micro_batch=8 --set lr=1e-3 --set evaluate_every=100 --set patience=8 \
+        --set steps=1000 --set batch=16 --set micro_batch=8 --set optimizer=muon --set lr=3e-3 --set evaluate_every=100 --set patience=8 \
         "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
 }
 all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
@@ -29,7 +29,9 @@ all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
 for name in "$@"; do
     # shellcheck disable=SC2086
     case $name in
-    kvlink*) kvlink "$name" builtin --set "links=${name#kvlink}" ;;
+    kvlink0) kvlink "$name" builtin --set links=0 ;;
+    kvlink1) kvlink "$name" builtin --set links=1 --set "init= She" ;;
+    kvlink5) kvlink "$name" builtin --set links=5 --set "init= She| lives in| studied at| works for| enjoys" ;;
     # Anchors start from KVLink's weights; anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
     anchors*) kvlink "$name" builtin-kvlink5 --set links=5 --set chunk=16 --set "anchors=${name#anchors}" ;;
     packet) wrapper packet packet --set steps=250 $all ;;

@@ -13,7 +13,7 @@ import pytest
 import torch
 import train_kit as kit
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
 from kvilt.engine import Engine
@@ -24,6 +24,7 @@ from kvilt.train.data import Sample, Source
 from kvilt.train.dense import parts_of
 from kvilt.train.kinds import sft, text
 from kvilt.train.kvlink import KVLinkConfig, train_kvlink
+from kvilt.train.muon import MuonAdamW
 from kvilt.train.tokens import link_tokens
 from kvilt.types import Document
 
@@ -119,6 +120,56 @@ def test_killed_and_resumed_equals_uninterrupted(model_dir, tmp_path):
     resumed = train(model_dir, tmp_path / "killed", on_progress=lambda p: steps.append(p.step))
     assert steps == [5, 6]
     assert kit.same(weights(resumed), weights(train(model_dir, tmp_path / "whole")))
+
+
+def test_muon_learns_and_goes_on_where_it_stopped(model_dir, tmp_path):
+    """Danger: matrices or embeddings get no optimizer, the schedule moves but one of both, or a state is lost."""
+
+    def stopping(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    settings = {"optimizer": "muon", "lr": 1e-3}
+    with pytest.raises(KeyboardInterrupt):
+        train(model_dir, tmp_path / "stopped", on_progress=stopping, **settings)
+    resumed = weights(train(model_dir, tmp_path / "stopped", **settings))
+    seen = []
+    whole = weights(train(model_dir, tmp_path / "whole", on_progress=seen.append, **settings))
+    assert kit.same(resumed, whole)
+    before = weights(model_dir)
+    assert all(not torch.equal(before[n], whole[n]) for n in before)
+    assert seen[-1].loss < seen[0].loss
+    still = weights(train(model_dir, tmp_path / "still", steps=2, optimizer="muon", lr=0.0))
+    assert kit.same(still, before)  # one rate for both
+
+
+def test_muon_divides_the_parameters(model_dir):
+    hf = AutoModelForCausalLM.from_pretrained(model_dir)
+    adamw, muon = MuonAdamW(hf, 1e-3).parts
+    held = [{id(p) for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
+    assert held[0] | held[1] == {id(p) for p in hf.parameters()}
+    assert not held[0] & held[1]
+    inside = {id(p) for layer in hf.model.layers for p in layer.parameters() if p.ndim == 2}
+    assert held[1] == inside
+
+
+def test_muon_needs_a_torch_that_has_it(model_dir, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(TrainError, match=r"torch 2\.9"):
+        MuonAdamW(AutoModelForCausalLM.from_pretrained(model_dir), 1e-3)
+
+
+def test_link_tokens_start_from_words(model_dir, tmp_path):
+    """Danger: words go to other tokens than the slots' own, or to the first slot alone."""
+    out = train(model_dir, tmp_path, steps=2, lr=0.0, init=("oak", "elm"))
+    tokens, weight = LinkTokens.from_json((out / "kvlink.json").read_text()), weights(out)["model.embed_tokens.weight"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    words = [weight[tokenizer.encode(word, add_special_tokens=False)].mean(0) for word in ("oak", "elm")]
+    spread = weight.std()
+    for slot in tokens.ids:
+        for word, i in zip(words, slot, strict=True):
+            assert 0 < (weight[i] - word).std() < 0.2 * spread
+    assert len({tuple(weight[i].tolist()) for slot in tokens.ids for i in slot}) == 8
 
 
 def test_early_stopping_writes_the_best_step(model_dir, tmp_path):
@@ -218,6 +269,10 @@ def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, me
         {"lr": float("inf")},
         {"warmup": 2.0},
         {"dtype": "int8"},
+        {"optimizer": "sgd"},
+        {"optimizer": "muon", "fsdp": True},
+        {"init": ("oak",) * 3},
+        {"init": ("oak", "")},
         {"patience": 0},
         {"max_tokens": 9999},
         {"lora": -1},

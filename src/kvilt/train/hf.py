@@ -22,6 +22,7 @@ from kvilt.strategies.kvlink import DESCRIPTION, LinkTokens
 from kvilt.train.dense import IGNORE, Row, additive, collate
 from kvilt.train.job import Progress, Report
 from kvilt.train.losses import cross_entropy
+from kvilt.train.muon import MuonAdamW
 
 _OPTIONS = {f.name for f in fields(TrainingArguments)}
 CHECKPOINTS, LAST_GOOD = "checkpoints", "last-good"
@@ -35,6 +36,7 @@ STATE = "trainer_state.json"  # the last file of a complete checkpoint
 class Settings:
     """How weights are fine-tuned."""
 
+    optimizer: str = "adamw"  # or muon: Muon for the matrices of the layers, AdamW for the rest
     lr: float = 5e-6
     schedule: str = "cosine"  # any schedule of transformers, after the warm-up
     warmup: float = 0.1  # share of the steps
@@ -56,6 +58,7 @@ class Settings:
             "steps, batch, micro_batch": min(self.steps, self.batch, self.micro_batch) < 1,
             "evaluate_every, patience": min(self.evaluate_every, self.patience) < 1,
             "lr, clip, warmup": not (0 <= self.lr < math.inf and self.clip >= 0 and 0 <= self.warmup <= 1),
+            "optimizer": self.optimizer not in ("adamw", "muon") or (self.optimizer == "muon" and self.fsdp),
             "dtype": SHORT.get(self.dtype, self.dtype) not in ("auto", "float32", "bfloat16"),
         }
         found = [name for name, bad in wrong.items() if bad]
@@ -97,6 +100,7 @@ def run(
         processing_class=tokenizer,
         compute_loss_func=loss_of,
         callbacks=[_Watch(tokens, report), EarlyStoppingCallback(settings.patience)],
+        optimizers=(MuonAdamW(hf, settings.lr) if settings.optimizer == "muon" else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for data
     try:

@@ -23,7 +23,7 @@ from kvilt.train.data import Pick, Sample, Source, check_disjoint, draw, schedul
 from kvilt.train.dense import Row, merged, parts_of, row_of
 from kvilt.train.hf import Settings, run
 from kvilt.train.job import Report
-from kvilt.train.tokens import link_tokens
+from kvilt.train.tokens import link_tokens, start_links
 from kvilt.types import digest_of
 
 RUN = "run.json"  # what a folder's run is
@@ -36,6 +36,7 @@ class KVLinkConfig(Settings):
     links: int = 5  # link tokens per document; 0: block fine-tuning
     slots: int = 40  # documents that have link tokens of their own
     markers: bool = True  # tokens that open and close the documents
+    init: tuple[str, ...] = ()  # words from whose embeddings a slot's link tokens start; none: drawn like the others
     anchors: int = 0  # anchor tokens after every chunk, whose rows alone are kept of a document; 0: none, all rows
     chunk: int = 100  # tokens of a chunk
     lora: int = 0  # rank of LoRA; 0 trains all weights
@@ -97,6 +98,7 @@ def train_kvlink(
     c, reserved = config, TextFormat.of(tokenizer).reserved()
     tokens = link_tokens(hf, tokenizer, reserved, c.links, c.slots, c.anchors, c.chunk)
     tokens = tokens if c.markers else replace(tokens, start=(), end=())
+    start_links(hf, tokenizer, tokens, c.init)
     strategy = Anchors(c.links).holding(tokens) if c.anchors else KVLink(c.links, tokens=tokens)
     rows = _rows(strategy, tokenizer, sources, config)
     tests = _tests(rows, held_out)

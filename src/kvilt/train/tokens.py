@@ -37,6 +37,27 @@ def link_tokens(
     return replace(tokens, anchors=(*tokens.anchors, *more)[:anchors], chunk=chunk if anchors else 0)
 
 
+def start_links(hf: Any, tokenizer: Any, tokens: LinkTokens, words: Sequence[str]) -> None:
+    """Let the link tokens of every slot start near the mean embeddings of these words, one after another.
+
+    Raises TrainError for more words than link tokens, and for a word without tokens."""
+    import torch
+
+    weight = hf.get_input_embeddings().weight
+    if words and (not tokens.ids or len(words) > len(tokens.ids[0])):
+        raise TrainError(f"init names {len(words)} words, a slot has {len(tokens.ids[0]) if tokens.ids else 0} link tokens.")
+    noise = 0.1 * float(weight.detach().std())
+    for k, word in enumerate(words):
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        if not ids:
+            raise TrainError(f"init: {word!r} has no tokens.")
+        slots = [slot[k] for slot in tokens.ids]
+        with torch.no_grad():
+            generator = torch.Generator(weight.device).manual_seed(k)  # the same in every process
+            drawn = torch.randn(len(slots), weight.shape[1], generator=generator, device=weight.device)
+            weight[slots] = weight[ids].mean(0) + noise * drawn
+
+
 def _enough(tokens: LinkTokens, links: int, slots: int) -> LinkTokens:
     known = len(tokens.ids[0]) if tokens.ids else 0
     if links and (known < links or len(tokens.ids) < slots):
