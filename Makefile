@@ -36,6 +36,12 @@ bench: $(VENV)/.ready
 	$(BIN)/kvilt bench ttft --out benchmarks --keep build/caches
 	$(BIN)/kvilt bench ttft --out benchmarks/floor --keep build/caches --repeats 5 \
 		--strategy block --strategy kv_packet:wrapper=WRAPPER --strategy kvlink:links=5
+	$(BIN)/kvilt bench ttft --out benchmarks/methods --keep build/caches --documents 10 --strategy full --strategy block \
+		--strategy kv_packet:wrapper=WRAPPER --strategy kvlink:links=5 --strategy prompt_cache:slot=512 --strategy ape \
+		--strategy epic:tokens=16 --strategy random:ratio=0.15 --strategy cacheblend:ratio=0.15 \
+		--strategy cacheblend:ratio=0.15,stages=3 --strategy a3:ratio=0.15 --strategy prophetkv:ratio=0.2 \
+		--strategy infoflow:ratio=0.2 --strategy sam_kv
+	$(BIN)/kvilt bench compression --out benchmarks
 	$(BIN)/kvilt bench decode --out benchmarks
 	$(BIN)/kvilt bench encode --out benchmarks
 	$(BIN)/kvilt bench memory --out benchmarks

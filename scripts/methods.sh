@@ -20,7 +20,7 @@ for kind in "$@"; do
     # shellcheck disable=SC2046
     case $kind in
     babi)
-        for task in 1 2 6 9 12 15; do
+        for task in 1 6 9 12 15 2,sentences=5; do
             kvilt evaluate run "babi:path=$babi,task=$task" --limit 100 --model builtin --out "$records/builtin" $(strategies) > /dev/null
         done
         ;;

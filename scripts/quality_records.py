@@ -1,7 +1,7 @@
 """Sum up evaluation records: `python scripts/quality_records.py RECORDS... --out benchmarks/quality.json`.
 
 Every folder of RECORDS is named like the model it was made with; the first one's full recompute is what all others are
-compared with, sample by sample."""
+compared with, sample by sample. What several folders hold counts once."""
 
 from __future__ import annotations
 
@@ -71,20 +71,25 @@ def cell(records: Sequence[Record], full: dict[str, Record]) -> Record:
     }
 
 
-def summary(folders: Sequence[Path]) -> Iterator[Record]:
-    """One record per model, strategy and kind of question."""
+def summary(folders: Sequence[Path], kinds: Sequence[str]) -> Iterator[Record]:
+    """One record per model, strategy and kind of question; of `kinds` alone, if any."""
     full = {r["id"]: r for role, _, records in lanes(folders[0]) if role == "full" for r in records}
+    seen = set()
     for folder in folders:
         for role, name, records in lanes(folder):
             for kind in sorted({kind for r in records for kind in kinds_of(r)}):
                 mine = [r for r in records if kind in kinds_of(r) and r["id"] in full]
-                yield {"model": folder.name, "strategy": name, "role": role, "kind": kind, **cell(mine, full)}
+                place = {"model": folder.name, "strategy": name, "role": role, "kind": kind}
+                if (not kinds or kind in kinds) and tuple(place.values()) not in seen:
+                    seen.add(tuple(place.values()))
+                    yield {**place, **cell(mine, full)}
 
 
 def main() -> None:
     """Write the summary with how it was made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
+    parser.add_argument("--kinds", nargs="*", default=[], help="kinds of questions (default: all)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     made = {
@@ -94,7 +99,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }
-    args.out.write_text(json.dumps({"made": made, "cells": list(summary(args.records))}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"made": made, "cells": list(summary(args.records, args.kinds))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

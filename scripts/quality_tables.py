@@ -1,4 +1,4 @@
-"""Write the figures of quality.json and methods.json into their pages; `--check` fails if they are stale."""
+"""Write the figures of quality.json, methods.json and compression*.json into their pages; `--check` fails if they are stale."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TASKS = tuple(f"babi_{task}" for task in (1, 2, 6, 9, 12, 15))
 ENOUGH = 500  # questions of a cell
 
 
-def load(name: str) -> list[Cell]:
-    """The cells of a summary."""
-    cells: list[Cell] = json.loads((FOLDER / f"{name}.json").read_text())["cells"]
-    return cells
+def load(name: str) -> Any:
+    """The cells of a summary, or a benchmark's whole result."""
+    made = json.loads((FOLDER / f"{name}.json").read_text())
+    return made.get("cells", made)
 
 
 def rows(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
@@ -105,9 +105,70 @@ def mean_right(row: dict[str, Cell], kinds: Sequence[str]) -> float | None:
     return sum(values) / len(values) if len(values) == len(kinds) else None
 
 
+METHODS = ("one_hop", "two_hop", "chunked", "babi")
+
+
+def methods(cells: Sequence[Cell]) -> str:
+    """A row per method and budget: accuracy with its interval, and fidelity and compute over all kinds."""
+    lines = []
+    for (model, strategy), row in rows(cells).items():
+        if listed(model, strategy):
+            rest = [number(mean(row, METHODS, name), digits) for name, digits in COSTS if name != "computed"]
+            lines.append([label(model, strategy), *(scored(row.get(kind)) for kind in METHODS), *rest])
+    head = ["method", "one document", "two documents", "earlier chunk", "bAbI"]
+    return table([*head, "agreement %", "KL", "charged", "KB loaded"], lines)
+
+
+def listed(model: str, strategy: str) -> bool:
+    """Whether the page of methods has this row: no wrappers off their task, and of fine-tuned checkpoints their own method."""
+    return shown(model, strategy) or (strategy == "no documents" and model == "builtin")
+
+
+def compressed(cells: Sequence[Cell]) -> str:
+    """A row per strategy and compression: accuracy, fidelity, and bytes beside the same strategy's uncompressed ones."""
+    found = rows(cells)
+    plain = {key: mean(row, TWO, "kb_loaded") for key, row in found.items()}
+    lines = []
+    for (model, strategy), row in found.items():
+        if model == "builtin" or not strategy.startswith(("full", "no ")):
+            small, whole = mean(row, TWO, "kb_loaded"), plain[model, strategy.partition(" + ")[0]]
+            share = number(100 * small / whole) if small and whole else ""
+            figures = [number(mean(row, TWO, "agreement")), number(mean(row, TWO, "kl"), 3), number(small, 0), share]
+            lines.append([label(model, strategy), *(scored(row.get(kind)) for kind in TWO), *figures])
+    head = ["strategy + compression", "one document", "two documents"]
+    return table([*head, "agreement %", "KL", "KB loaded", "% of its uncompressed bytes"], lines)
+
+
+def stored(result: dict[str, Any]) -> str:
+    """What `kvilt bench compression` found: bytes, errors, and the time to load."""
+    whole = result["rows"]["none"]["bytes_per_token"]
+    lines = []
+    for name, row in result["rows"].items():
+        errors = [
+            f"{100 * row[which]:.2f}" if row[which] is not None else "" for which in ("keys_error", "values_error")
+        ]
+        size, load = row["bytes_per_token"], row["load_s"]["median"]
+        lines.append(
+            [
+                f"`{name}`",
+                f"{size:,.0f}",
+                f"{100 * size / whole:.1f}",
+                *errors,
+                f"{load:.3f}",
+                f"{row['load_of_plain']:.2f}",
+            ]
+        )
+    return table(
+        ["compression", "bytes per token", "% of bfloat16", "keys off by %", "values off by %", "load s", "of plain"],
+        lines,
+    )
+
+
+TWO = ("one_hop", "two_hop")
 COSTS = (("agreement", 1), ("kl", 3), ("charged", 3), ("computed", 1), ("kb_loaded", 0))
-SECTIONS: dict[str, tuple[str, dict[str, Callable[[Sequence[Cell]], str]]]] = {
-    "quality.md": (
+SECTIONS: list[tuple[str, str, dict[str, Callable[[Any], str]]]] = [
+    (
+        "quality.md",
         "quality",
         {
             "collection": lambda cells: accuracies(cells, ONE + ACROSS + BABI),
@@ -115,14 +176,17 @@ SECTIONS: dict[str, tuple[str, dict[str, Callable[[Sequence[Cell]], str]]]] = {
             "costs": costs,
         },
     ),
-    "../README.md": ("quality", {"quality": short}),
-}
+    ("methods.md", "methods", {"methods": methods}),
+    ("compression.md", "compression", {"stored": stored}),
+    ("compression.md", "compression_quality", {"quality": compressed}),
+    ("../README.md", "quality", {"quality": short}),
+]
 
 
 def main() -> None:
     """Rewrite, or check, the pages."""
     stale = []
-    for place, (name, sections) in SECTIONS.items():
+    for place, name, sections in SECTIONS:
         page, cells = FOLDER / place, load(name)
         made = text = page.read_text()
         for section, write in sections.items():

@@ -21,6 +21,7 @@ NAME = "kvilt"
 # the ordinary result (batch, heads, computed, head_dim), None leaves it.
 Hook = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor | None]
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
+BLOCK = 256  # computed tokens attended at a time on a CPU, where a mask would not spare work
 SCORES = 1 << 24  # float32 attention scores held at a time where a plan scales its context
 UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
@@ -57,6 +58,9 @@ def ordinary(
     computed, rows = query.shape[2], key.shape[2]
     mask: Any = attention_mask
     causal = mask is None and computed == rows
+    numbers = mask is not None and mask.dtype != torch.bool  # of training, which has none of this
+    if query.device.type == "cpu" and len(query) == 1 and computed > BLOCK and not (causal or numbers or dropout):
+        return _in_blocks(query, key, value, seen(mask, query, key), scaling)
     if mask is None and 1 < computed < rows:
         mask = causal_lower_right(computed, rows)
     return scaled_dot_product_attention(
@@ -69,6 +73,25 @@ def ordinary(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float | None) -> Tensor:
+    """The same, `BLOCK` computed tokens at a time over the rows up to the last one that any of them sees.
+
+    A mask hides no work from torch's CPU kernels: scattered tokens would be multiplied with all rows behind them."""
+    out = torch.empty_like(query)
+    for first in range(0, query.shape[2], BLOCK):
+        part = allowed[first : first + BLOCK]
+        end = int(part.any(0).nonzero()[-1]) + 1
+        out[:, :, first : first + BLOCK] = scaled_dot_product_attention(
+            query[:, :, first : first + BLOCK],
+            key[:, :, :end],
+            value[:, :, :end],
+            attn_mask=part[None, None, :, :end],
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return out
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def start_links(hf: Any, tokenizer: Any, tokens: LinkTokens, words: Sequence[str
 
     weight = hf.get_input_embeddings().weight
     if words and (not tokens.ids or len(words) > len(tokens.ids[0])):
-        raise TrainError(f"init names {len(words)} words, a slot has {len(tokens.ids[0]) if tokens.ids else 0} link tokens.")
+        raise TrainError(
+            f"init names {len(words)} words, a slot has {len(tokens.ids[0]) if tokens.ids else 0} link tokens."
+        )
     noise = 0.1 * float(weight.detach().std())
     for k, word in enumerate(words):
         ids = tokenizer.encode(word, add_special_tokens=False)
