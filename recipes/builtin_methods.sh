@@ -19,8 +19,8 @@ wrapper() {
 kvlink() {
     name=$1 model=$2
     shift 2
-    kvilt train kvlink --model "$model" --out "$out/$name" "$@" --set slots=18 --set max_tokens=2048 \
-        --set steps=1000 --set batch=16 --set micro_batch=8 --set optimizer=muon --set lr=3e-3 --set evaluate_every=100 --set patience=8 \
+    kvilt train kvlink --model "$model" --out "$out/$name" --set slots=18 --set max_tokens=2048 \
+        --set steps=1000 --set batch=16 --set micro_batch=8 --set optimizer=muon --set lr=3e-3 --set evaluate_every=100 --set patience=8 "$@" \
         "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
 }
 all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
@@ -32,8 +32,8 @@ for name in "$@"; do
     kvlink0) kvlink "$name" builtin --set links=0 ;;
     kvlink1) kvlink "$name" builtin --set links=1 --set "init= She" ;;
     kvlink5) kvlink "$name" builtin --set links=5 --set "init= She| lives in| studied at| works for| enjoys" ;;
-    # Anchors start from KVLink's weights; anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
-    anchors*) kvlink "$name" builtin-kvlink5 --set links=5 --set chunk=16 --set "anchors=${name#anchors}" ;;
+    # Anchors start from KVLink's weights (train kvlink5 first); anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
+    anchors*) kvlink "$name" "$out/kvlink5" --set links=5 --set chunk=16 --set "anchors=${name#anchors}" --set steps=120 --set evaluate_every=40 ;;
     packet) wrapper packet packet --set steps=250 $all ;;
     linked) wrapper linked-packet linked --set "start=$out/packet/wrapper.safetensors" --set links=5 --set steps=300 $all ;;
     linked_tail) wrapper linked-packet linked_tail --set "start=$out/packet/wrapper.safetensors" --set links=8 --set layout=tail --set steps=200 $all ;;

@@ -23,6 +23,8 @@ from kvilt.evaluate.fidelity import same_text
 from kvilt.evaluate.records import read
 
 Record = dict[str, Any]
+EARLIER = ("chunked", "chunked_hop")
+ACROSS = ("two_hop", *EARLIER, "state")
 
 
 def kinds_of(record: Record) -> tuple[str, ...]:
@@ -85,11 +87,25 @@ def summary(folders: Sequence[Path], kinds: Sequence[str]) -> Iterator[Record]:
                     yield {**place, **cell(mine, full)}
 
 
+def compared(folders: Sequence[Path], duels: Sequence[Sequence[str]]) -> Iterator[Record]:
+    """Paired differences of right answers, in points, between two lanes given as parts of "model strategy" names."""
+    found = {f"{f.name} {name}": {r["id"]: r for r in records} for f in folders for _, name, records in lanes(f)}
+    for duel in duels:
+        one, other = (next(name for name in found if part in name) for part in duel)
+        for label, kinds in (("across documents", ACROSS), ("earlier chunk", EARLIER)):
+            ids = [i for i, r in found[one].items() if kinds_of(r)[0] in kinds and i in found[other]]
+            sides = [[found[name][i] for i in ids] for name in (one, other)]
+            gap = difference(pairs(sides[0]), pairs(sides[1]), [r["group"] for r in sides[0]])
+            points = [round(100 * value, 2) for value in gap]
+            yield {"a": one, "b": other, "kinds": label, "n": len(ids), "difference": points}
+
+
 def main() -> None:
     """Write the summary with how it was made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--kinds", nargs="*", default=[], help="kinds of questions (default: all)")
+    parser.add_argument("--duel", nargs=2, action="append", default=[], help="parts of two lanes' names to compare")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     made = {
@@ -99,7 +115,8 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }
-    args.out.write_text(json.dumps({"made": made, "cells": list(summary(args.records, args.kinds))}, indent=1) + "\n")
+    cells, duels = list(summary(args.records, args.kinds)), list(compared(args.records, args.duel))
+    args.out.write_text(json.dumps({"made": made, "cells": cells, "duels": duels}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ ENOUGH = 500  # questions of a cell
 
 
 def load(name: str) -> Any:
-    """The cells of a summary, or a benchmark's whole result."""
+    """The cells of a summary; of "name:key" another part; or a benchmark's whole result."""
+    name, _, key = name.partition(":")
     made = json.loads((FOLDER / f"{name}.json").read_text())
-    return made.get("cells", made)
+    return made.get(key or "cells", made)
 
 
 def rows(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
@@ -164,6 +165,16 @@ def stored(result: dict[str, Any]) -> str:
     )
 
 
+def duels(found: Sequence[Cell]) -> str:
+    """Who is ahead of whom, question by question."""
+    lines = []
+    for duel in found:
+        gap, low, high = duel["difference"]
+        names = [label(*duel[side].split(" ", 1)) for side in "ab"]
+        lines.append([" against ".join(names), duel["kinds"], str(duel["n"]), f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"])
+    return table(["", "questions", "n", "points"], lines)
+
+
 TWO = ("one_hop", "two_hop")
 COSTS = (("agreement", 1), ("kl", 3), ("charged", 3), ("computed", 1), ("kb_loaded", 0))
 SECTIONS: list[tuple[str, str, dict[str, Callable[[Any], str]]]] = [
@@ -176,6 +187,7 @@ SECTIONS: list[tuple[str, str, dict[str, Callable[[Any], str]]]] = [
             "costs": costs,
         },
     ),
+    ("quality.md", "quality:duels", {"duels": duels}),
     ("methods.md", "methods", {"methods": methods}),
     ("compression.md", "compression", {"stored": stored}),
     ("compression.md", "compression_quality", {"quality": compressed}),
