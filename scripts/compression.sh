@@ -5,17 +5,18 @@ set -eu
 records=$1 trained=$2
 shift 2
 
-ask() { # MODEL, then strategies and compressions: 500 questions on one document, 500 across two; numbers are bfloat16
+ask() { # MODEL, then strategies and compressions: 500 questions on one document, 500 across two
     model=$1
     shift
     for kind in one_hop two_hop; do
-        kvilt evaluate run "builtin:kind=$kind" --model "$model" --dtype bfloat16 --out "$records/$(basename "$model")" "$@" > /dev/null
+        kvilt evaluate run "builtin:kind=$kind" --model "$model" --out "$records/$(basename "$model")" "$@" > /dev/null
     done
 }
 
 presses() {
-    for keep in 0.75 0.5 0.25; do
-        for name in keydiff knorm leverage cur kvzip random; do echo "--compress $name:keep=$keep"; done
+    for name in keydiff knorm leverage cur kvzip random; do echo "--compress $name:keep=0.5"; done
+    for keep in 0.75 0.25; do
+        for name in keydiff cur kvzip random; do echo "--compress $name:keep=$keep"; done
     done
 }
 

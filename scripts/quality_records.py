@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -40,7 +41,7 @@ def lanes(folder: Path) -> Iterator[tuple[str, str, list[Record]]]:
         header, records = read(file)
         found.setdefault((header["role"], header["name"]), []).extend(records)
     for (role, name), records in found.items():
-        yield role, name, records
+        yield role, re.sub(r"wrapper=[^,+]*?([\w-]+)/wrapper\.safetensors", r"wrapper=\1", name), records
 
 
 def pairs(records: Sequence[Record]) -> list[tuple[float, float]]:

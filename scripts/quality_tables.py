@@ -50,8 +50,7 @@ def scored(cell: Cell | None) -> str:
 
 def label(model: str, strategy: str) -> str:
     """A row's name: the strategy, and the checkpoint where it is not the base model."""
-    name = re.sub(r"wrapper=[^,]*?([\w-]+)/wrapper\.safetensors", r"wrapper=\1", strategy)
-    return f"`{name}`" if model == "builtin" else f"`{name}` on {model}"
+    return f"`{strategy}`" if model == "builtin" else f"`{strategy}` on {model}"
 
 
 def accuracies(cells: Sequence[Cell], kinds: Sequence[str]) -> str:
