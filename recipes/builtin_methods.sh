@@ -33,7 +33,7 @@ for name in "$@"; do
     kvlink1) kvlink "$name" builtin --set links=1 --set "init= She" ;;
     kvlink5) kvlink "$name" builtin --set links=5 --set "init= She| lives in| studied at| works for| enjoys" ;;
     # Anchors start from KVLink's weights (train kvlink5 first); anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
-    anchors*) kvlink "$name" "$out/kvlink5" --set links=5 --set chunk=16 --set "anchors=${name#anchors}" --set steps=120 --set evaluate_every=40 ;;
+    anchors*) kvlink "$name" "$out/kvlink5" --set links=5 --set chunk=16 --set "anchors=${name#anchors}" --set steps=100 --set evaluate_every=50 ;;
     packet) wrapper packet packet --set steps=250 $all ;;
     linked) wrapper linked-packet linked --set "start=$out/packet/wrapper.safetensors" --set links=5 --set steps=300 $all ;;
     linked_tail) wrapper linked-packet linked_tail --set "start=$out/packet/wrapper.safetensors" --set links=8 --set layout=tail --set steps=200 $all ;;

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_tables import METHODS, Cell, load, rows
+from quality_tables import METHODS, Cell, load, rows, shown
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TITLES = dict(zip(METHODS, ("one document", "two documents", "earlier chunk needed", "bAbI"), strict=True))
@@ -20,7 +20,8 @@ def family(strategy: str) -> str:
 
 def main() -> None:
     """One column per kind of question: accuracy above, agreement with full recompute below; a line joins budgets."""
-    found = {strategy: row for (_, strategy), row in rows(load("methods")).items() if strategy != "no documents"}
+    every = rows(load("methods")).items()
+    found = {strategy: row for (model, strategy), row in every if shown(model, strategy)}
     families = list(dict.fromkeys(map(family, found)))
 
     looks = {name: ("osD^vPX*"[i // 10], f"C{i % 10}") for i, name in enumerate(families)}
