@@ -134,8 +134,9 @@ def compressed(cells: Sequence[Cell]) -> str:
             small, whole = mean(row, TWO, "kb_loaded"), plain[model, strategy.partition(" + ")[0]]
             share = number(100 * small / whole) if small and whole else ""
             figures = [number(mean(row, TWO, "agreement")), number(mean(row, TWO, "kl"), 3), number(small, 0), share]
-            lines.append([label(model, strategy), *(scored(row.get(kind)) for kind in TWO), *figures])
-    head = ["strategy + compression", "one document", "two documents"]
+            asked = "+".join(str(row[kind]["n"]) for kind in TWO if kind in row)
+            lines.append([label(model, strategy), asked, *(scored(row.get(kind)) for kind in TWO), *figures])
+    head = ["strategy + compression", "n", "one document", "two documents"]
     return table([*head, "agreement %", "KL", "KB loaded", "% of its uncompressed bytes"], lines)
 
 
