@@ -89,10 +89,10 @@ def summary(folders: Sequence[Path], kinds: Sequence[str]) -> Iterator[Record]:
 
 
 def compared(folders: Sequence[Path], duels: Sequence[Sequence[str]]) -> Iterator[Record]:
-    """Paired differences of right answers, in points, between two lanes given as parts of "model strategy" names."""
+    """Paired differences of right answers, in points, between two lanes given by how their names, "model strategy", end."""
     found = {f"{f.name} {name}": {r["id"]: r for r in records} for f in folders for _, name, records in lanes(f)}
     for duel in duels:
-        one, other = (next(name for name in found if part in name) for part in duel)
+        one, other = (next(name for name in found if name.endswith(part)) for part in duel)
         for label, kinds in (("across documents", ACROSS), ("earlier chunk", EARLIER)):
             ids = [i for i, r in found[one].items() if kinds_of(r)[0] in kinds and i in found[other]]
             sides = [[found[name][i] for i in ids] for name in (one, other)]
@@ -106,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--kinds", nargs="*", default=[], help="kinds of questions (default: all)")
-    parser.add_argument("--duel", nargs=2, action="append", default=[], help="parts of two lanes' names to compare")
+    parser.add_argument(
+        "--duel", nargs=2, action="append", default=[], help="how the names of two lanes to compare end"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     made = {

@@ -127,16 +127,22 @@ def listed(model: str, strategy: str) -> bool:
 def compressed(cells: Sequence[Cell]) -> str:
     """A row per strategy and compression: accuracy, fidelity, and bytes beside the same strategy's uncompressed ones."""
     found = rows(cells)
-    plain = {key: mean(row, TWO, "kb_loaded") for key, row in found.items()}
+    plain = {key: row["one_hop"]["kb_loaded"] for key, row in found.items()}
+    bases = {(model, strategy.partition(" + ")[0]) for model, strategy in found if " + " in strategy}
     lines = []
     for (model, strategy), row in found.items():
-        if model == "builtin" or not strategy.startswith(("full", "no ")):
-            small, whole = mean(row, TWO, "kb_loaded"), plain[model, strategy.partition(" + ")[0]]
+        if (model, strategy.partition(" + ")[0]) in {*bases, ("builtin", "full")}:
+            asked = [kind for kind in TWO if kind in row]
+            small, whole = row["one_hop"]["kb_loaded"], plain[model, strategy.partition(" + ")[0]]
             share = number(100 * small / whole) if small and whole else ""
-            figures = [number(mean(row, TWO, "agreement")), number(mean(row, TWO, "kl"), 3), number(small, 0), share]
-            asked = "+".join(str(row[kind]["n"]) for kind in TWO if kind in row)
-            lines.append([label(model, strategy), asked, *(scored(row.get(kind)) for kind in TWO), *figures])
-    head = ["strategy + compression", "n", "one document", "two documents"]
+            figures = [
+                number(mean(row, asked, "agreement")),
+                number(mean(row, asked, "kl"), 3),
+                number(small, 0),
+                share,
+            ]
+            lines.append([label(model, strategy), *(scored(row.get(kind)) for kind in TWO), *figures])
+    head = ["strategy + compression", "one document", "two documents"]
     return table([*head, "agreement %", "KL", "KB loaded", "% of its uncompressed bytes"], lines)
 
 
