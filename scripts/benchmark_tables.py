@@ -79,7 +79,15 @@ def memory(result: dict[str, Any]) -> str:
     )
 
 
-LONG = {"ttft": table, "floor/ttft": table, "methods/ttft": table, "decode": decode, "encode": encode, "memory": memory}
+LONG = {
+    "ttft": table,
+    "floor/ttft": table,
+    "methods/ttft": table,
+    "quiet/ttft": table,
+    "decode": decode,
+    "encode": encode,
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     main()
