@@ -153,6 +153,19 @@ def test_muon_divides_the_parameters(model_dir):
     assert held[1] == inside
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_muon_leaves_the_link_tokens_of_lora_to_adamw(model_dir):
+    """Danger: learned rows of the embedding matrix are a matrix, too, and would be made orthogonal."""
+    import peft
+
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+    lora = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), settings)
+    learned = {id(p) for name, p in lora.named_parameters() if p.requires_grad and "token" in name}
+    adamw, muon = MuonAdamW(lora, 1e-3).parts
+    assert learned == {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert not learned & {id(p) for group in muon.param_groups for p in group["params"]}
+
+
 def test_muon_needs_a_torch_that_has_it(model_dir, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(TrainError, match=r"torch 2\.9"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvilt.errors import TrainError
 
@@ -17,10 +18,11 @@ class MuonAdamW(torch.optim.Optimizer):
         """`model` is whole in this process. Raises TrainError where torch has no Muon (before 2.9)."""
         if not hasattr(torch.optim, "Muon"):
             raise TrainError(f"optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}.")
-        ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]  # type: ignore[operator]
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        inside = {id(p) for layer in layers for p in layer.parameters() if p.ndim == 2}
         trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim == 2 and all(p is not end for end in ends)]
-        rest = [p for p in trained if p.ndim != 2 or any(p is end for end in ends)]
+        matrices = [p for p in trained if id(p) in inside]
+        rest = [p for p in trained if id(p) not in inside]
         self.parts: list[torch.optim.Optimizer] = []
         if rest:  # LoRA may leave none
             self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
