@@ -1,6 +1,6 @@
 """Training rows for the built-in model's methods: `python recipes/builtin_rows.py --out DIR [--babi FOLDER]`.
 
-Writes biography.jsonl, stories.jsonl and babi.jsonl as `kvilt train` reads them, all of the training split."""
+Writes biography.jsonl, stories.jsonl, babi.jsonl and copies.jsonl as `kvilt train` reads them, all of the training split."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ def statements(rng: random.Random, count: int, folder: Path) -> Iterator[dict[st
             yield row(rng, sample, question)
 
 
+def copies(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Few documents that are to be said again: what anchors must learn before they are of use to any question."""
+    for number in range(count):
+        sample = stories.build(rng, "train", 3) if number % 4 == 3 else contexts.build(rng, "train", 3)
+        pages = rng.sample(sample.pages, 1 if number % 2 else min(3, len(sample.pages)))
+        asked = [(f"What does the page on {p.title} say?", p.text) for p in pages if p.title]
+        if len(pages) == 1:
+            asked = [("What does the page say?", pages[0].text)]
+        if asked:
+            shown = [{"title": p.title, "text": p.text} if p.title else p.text for p in pages]
+            first, *others = [{"question": question, "answers": [text]} for question, text in asked]
+            further = [{**one, "documents": len(pages)} for one in others]
+            yield {"documents": shown, **first, "further": further, "ordered": True, "split": "train"}
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,6 +97,7 @@ def main() -> None:
     files = {"biography": biographies(rng, args.count), "stories": tales(rng, args.count)}
     if args.babi:
         files["babi"] = statements(rng, args.count, args.babi)
+    files["copies"] = copies(random.Random(SEED + 1), args.count)
     for name, rows in files.items():
         text = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in rows)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -178,7 +178,7 @@ class Engine:
                 self._room(plan, len(continuation), least=len(continuation))
                 forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
                 if forced.length:
-                    plan = replace(plan, segments=(*plan.segments, forced))
+                    plan = replace(plan, segments=(*plan.segments, forced), begun=None)
                 return self.model.score(plan, len(continuation))
             except DamagedCache as error:
                 self._repair(error, refused)

@@ -192,7 +192,7 @@ def _decoded(segment: Segment) -> Segment:
 
 def _all_fresh(plan: Plan) -> Plan:
     segments = [Segment(s.tokens, s.start, None, None, s.name) for s in plan.segments]
-    return replace(plan, segments=tuple(segments))
+    return replace(plan, segments=tuple(segments), begun=None)
 
 
 @torch.no_grad()

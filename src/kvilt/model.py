@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvilt import attention, identity, proof, support
+from kvilt.begun import beginning, decoder_layers
 from kvilt.errors import ModelError
 from kvilt.pace import Pace
 from kvilt.placed import BufferPool, PlacedCache, Shape
@@ -60,7 +61,7 @@ class Model:
 
     def info(self, **more: Any) -> ModelInfo:
         """What strategies may know of this model."""
-        config, layer = self.hf.config, _decoder_layers(self.hf)[0]
+        config, layer = self.hf.config, decoder_layers(self.hf)[1][0]
         vocabulary, width = self.hf.get_input_embeddings().weight.shape
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
         return ModelInfo(
@@ -202,11 +203,15 @@ class Model:
         self.pool.give(placed.buffer)
 
     def forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
-        """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab)."""
+        """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab).
+
+        Layers that the plan has begun with are not run again."""
         rows = plan.computed_rows
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
-        with attention.using(placed.attention):
-            out = self.hf(
+        with attention.using(placed.attention), beginning(self.hf, plan.begun) as hf:
+            for layer, (keys, values) in enumerate(plan.begun.rows if plan.begun else ()):
+                placed.update(keys[None], values[None], layer)
+            out = hf(
                 inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
                 position_ids=plan.positions[rows][None].to(self.shape.device),
                 past_key_values=placed,
@@ -246,10 +251,3 @@ class _Capture(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
-
-
-def _decoder_layers(hf: Any) -> nn.ModuleList:
-    lists = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and len(m) == hf.config.num_hidden_layers]
-    if not lists:
-        raise ModelError(f"{hf.config.model_type}: decoder layers not found.")
-    return lists[0]

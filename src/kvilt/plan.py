@@ -64,6 +64,24 @@ class ContextScaling:
 
 
 @dataclass(frozen=True, eq=False)
+class Begun:
+    """A plan's lowest layers as a look left them, for the plan's computed rows."""
+
+    states: Tensor  # (computed, hidden): what goes into the next layer
+    rows: Tensor  # (layers, 2, heads, computed, head_dim): keys at the rows' positions, and values
+    positions: Tensor  # (computed,)
+    share: float  # of the model's layers
+
+    def at(self, positions: Tensor) -> Begun | None:
+        """The same for fewer rows, given by their positions; None where one of them is not there, or not in this order."""
+        index = torch.isin(self.positions, positions).nonzero()[:, 0]
+        if not torch.equal(self.positions[index], positions):
+            return None
+        at = index.to(self.states.device)
+        return Begun(self.states[at], self.rows[:, :, :, at], positions, self.share)
+
+
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A plan as one ordinary forward pass: the definition of right, and what trainers train under."""
 
@@ -93,6 +111,7 @@ class Plan:
     context: ContextScaling | None = None  # of the reused rows of segments named "document"
     note: str = ""  # why this plan, for the usage
     blend: float = 1.0
+    begun: Begun | None = None  # the lowest layers' part of the pass, where a look has left it
 
     @property
     def end(self) -> int:
@@ -160,11 +179,13 @@ class Plan:
         """Compute in units of full recompute, probes included.
 
         `linear` is the cost of a token's matrices in units of attending to one key (`ModelInfo.linear_cost`);
-        infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline)."""
+        infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline), less the
+        layers begun with."""
+        left = 1 - (self.begun.share if self.begun else 0.0)
         if math.isinf(linear):
-            return self.overhead + len(self.computed_rows) / self.baseline
+            return self.overhead + left * len(self.computed_rows) / self.baseline
         full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
-        return self.overhead + self.work(linear) / full
+        return self.overhead + left * self.work(linear) / full
 
     def work(self, linear: float) -> float:
         """Compute of the pass in units of attending to one key: sum(linear + keys seen) over computed tokens."""

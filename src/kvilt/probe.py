@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvilt.attention import Hook, using, weights
+from kvilt.begun import decoder_layers, entering
 from kvilt.model import Model
 from kvilt.placed import PlacedCache, StopAtLayer
-from kvilt.plan import Plan
+from kvilt.plan import Begun, Plan
 from kvilt.types import DocumentCache, Encoding, ModelInfo
 
 Pool = Literal["mean", "max", "norm"]
@@ -27,13 +29,25 @@ class ModelProbe:
 
     def __init__(self, model: Model, info: ModelInfo) -> None:
         self.model, self.info, self.charged = model, info, 0.0
+        self._begun: Begun | None = None
 
     def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
         """What the lowest `count` layers hold for each of the plan's segments, keys moved back to position 0."""
         count = min(count, self.info.num_layers)
         key = self.model.key(plan.computed_tokens, Encoding(), f"probe of {count} layers")
-        with torch.no_grad(), self._run(plan, count - 1, None, stop=count) as placed:
+        second = decoder_layers(self.model.hf)[1][min(1, self.info.num_layers - 1)]
+        with torch.no_grad(), entering(second) as states, self._run(plan, count - 1, None, stop=count) as placed:
+            if count > 1 and plan.begun is None:
+                rows = plan.computed_rows
+                kept = placed.buffer[:1, :, :, rows.to(placed.buffer.device)]
+                self._begun = Begun(states[0][0], kept, plan.positions[rows], 1 / self.info.num_layers)
             return [placed.seen(s, base, count, key) for s, base in zip(plan.segments, plan.bases, strict=True)]
+
+    def begun(self, plan: Plan) -> Plan:
+        """The plan without layer 0's work where the first look through `layers` has done it for all its computed tokens.
+
+        Right for plans that place the same tokens as that look: what layer 0 gives depends on tokens and positions alone."""
+        return replace(plan, begun=self._begun and self._begun.at(plan.positions[plan.computed_rows]))
 
     def attention(self, plan: Plan, layers: Sequence[int], pool: Pool = "mean", last: int | None = None) -> Tensor:
         """How much attention every row of the plan gets in some layers, (layers, rows) float32.
@@ -79,7 +93,8 @@ class ModelProbe:
     @contextmanager
     def _run(self, plan: Plan, top: int, hook: Hook | None, stop: int | None = None) -> Iterator[PlacedCache]:
         """Run a plan up to the queries, keys and values of layer `top`; its rows are there until the context ends."""
-        self.charged += plan.charged(self.info.linear_cost) * (top + self.info.projection_share) / self.info.num_layers
+        depth = top + self.info.projection_share - (len(plan.begun.rows) if plan.begun else 0)
+        self.charged += replace(plan, begun=None).charged(self.info.linear_cost) * depth / self.info.num_layers
         placed = PlacedCache(plan, self.model.pool.take(len(plan.positions)), self.model.rope, stop=stop)
         try:
             with suppress(StopAtLayer), using(hook):

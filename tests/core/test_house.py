@@ -19,7 +19,7 @@ import kvilt
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvilt"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 10600, 150
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 10650, 150
 
 # A module may import what stands above it, and its own unit. Units on one line never import each other.
 LAYERS: list[dict[str, tuple[str, ...]]] = [
@@ -34,7 +34,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     {
         "model": (
             *("rope", "attention", "pieces", "placed", "pace"),
-            *("support", "identity", "proof", "model", "probe", "loading"),
+            *("support", "identity", "proof", "begun", "model", "probe", "loading"),
         ),
         "strategies": ("strategies",),
         "stores": ("stores",),

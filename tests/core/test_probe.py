@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
 import zoo
 from kvilt import attention
+from kvilt.begun import decoder_layers, entering
 from kvilt.model import Model
 from kvilt.plan import Layout, Plan
 from kvilt.probe import CHUNK, ModelProbe, received
@@ -65,6 +69,57 @@ def test_layers_are_those_of_a_full_run_and_the_pass_stops_there(model: Model) -
             back = model.rope.move(placed.buffer[layer, 0, :, rows], -segment.start)
             torch.testing.assert_close(tensors(found).keys[layer], back)
             torch.testing.assert_close(tensors(found).values[layer], placed.buffer[layer, 1, :, rows])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pass_that_a_look_has_begun_gives_what_the_whole_pass_gives(model: Model, again: bool) -> None:
+    """Danger: layer 0 is skipped and rows, positions or logits are those of other tokens."""
+    wide, probe = mixed(model), ModelProbe(model, model.info())
+    *front, second, question = wide.segments
+    fresh = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
+    plan = replace(wide, segments=(*front, replace(second, fresh=fresh), question))
+    probe.layers(wide, 2)
+    short = probe.begun(plan)
+    if again:
+        probe.layers(short, 3)
+        short = probe.begun(plan)
+    assert short.begun is not None
+    assert short.charged() == pytest.approx(0.75 * plan.charged())
+    expected, whole = model.run(plan)
+    rows = whole.buffer[:, :, :, : whole.length].clone()
+    model.pool.give(whole.buffer)
+    with Passes(model) as passed:
+        logits, placed = model.run(short)
+    assert passed == [1, 2, 3]
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(placed.buffer[:, :, :, : placed.length], rows)
+
+
+def test_a_look_begins_no_plan_that_computes_more() -> None:
+    """Danger: a token that nobody looked at goes on with another one's state."""
+    model = zoo.model_of("llama")
+    plan, probe = mixed(model), ModelProbe(model, model.info())
+    assert probe.begun(plan).begun is None
+    probe.layers(replace(plan, segments=plan.segments[:-1]), 2)
+    assert probe.begun(plan).begun is None
+    probe.layers(plan, 1)
+    assert probe.begun(plan).begun is None
+
+
+def test_a_begun_pass_leaves_other_threads_alone() -> None:
+    """Danger: two requests at once, and one goes on with the other's tokens."""
+    model = zoo.model_of("llama")
+    plan = mixed(model)
+    expected = model.run(plan)[0]
+    layer = decoder_layers(model.hf)[1][1]
+    with entering(layer, torch.zeros(1, len(plan.computed_rows), 64)) as seen, ThreadPoolExecutor(1) as other:
+        found = other.submit(lambda: model.run(plan)[0]).result()
+        assert seen == []
+        mine = model.run(plan)[0]
+    assert len(seen) == 1
+    assert torch.equal(found, expected)
+    assert not torch.allclose(mine, expected)
+    assert torch.equal(model.run(plan)[0], expected)
 
 
 def test_more_layers_than_there_are_means_all_of_them() -> None:

@@ -216,6 +216,9 @@ class Told:
         self.depths.append((list(layers), pool, last))
         return self.rows[None].expand(len(layers), -1)
 
+    def begun(self, plan: Plan) -> Plan:
+        return plan
+
     def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
         """Caches that differ from the stored ones (all zero) by the place's own number, and by 99 at the marked one."""
         self.plans.append(plan)
@@ -269,14 +272,14 @@ def test_layers_looked_at_are_the_papers() -> None:
     }
 
 
-def test_cacheblend_looks_at_candidates_alone() -> None:
-    """Danger: the probe computes the question or the system part, and the method looks dearer or sees what it must not."""
+def test_cacheblend_looks_at_candidates_and_the_question_that_the_pass_goes_on_with() -> None:
+    """Danger: the probe computes the system part or what stands before it, and the method looks dearer."""
     probe = Told()
     asked = prompt(ids(2), zeros(6), zeros(10), bare(ids(2)))
     told("cacheblend:ratio=0.5", asked, probe)
     (plan,) = probe.plans
-    assert [int(s.computed.sum()) for s in plan.segments] == [0, 0, 10, 2]
-    assert [s.name for s in plan.segments] == ["system", "document", "document", "document"]
+    assert [int(s.computed.sum()) for s in plan.segments] == [0, 0, 10, 2, 2]
+    assert [s.name for s in plan.segments] == ["system", "document", "document", "document", "question"]
 
 
 def test_gradual_filtering_shrinks_to_the_ratio() -> None:
@@ -346,7 +349,7 @@ def costs(model: Model, positions: Sequence[int], size: int) -> float:
 
 @pytest.mark.parametrize(
     ("method", "tokens", "top_layer"),
-    [("cacheblend", range(5, 26), 1), ("a3", range(26, 30), 0), ("prophetkv", range(26, 30), 3)],
+    [("cacheblend", range(5, 30), 1), ("a3", range(26, 30), 0), ("prophetkv", range(26, 30), 3)],
 )
 def test_looking_is_charged_by_hand(method: str, tokens: range, top_layer: int) -> None:
     """Danger: nominal and true cost differ, as in the tables of most papers."""
@@ -358,8 +361,22 @@ def test_looking_is_charged_by_hand(method: str, tokens: range, top_layer: int) 
     assert plan.overhead == pytest.approx(looked)
     computed = [*plan.positions[plan.computed_rows].tolist()]
     assert len(computed) == 6 + 4
-    assert plan.charged(info.linear_cost) == pytest.approx(looked + costs(model, computed, 30))
+    left = 3 / 4 if method == "cacheblend" else 1  # of the layers: the look has done layer 0
+    assert plan.charged(info.linear_cost) == pytest.approx(looked + left * costs(model, computed, 30))
     assert plan.charged(info.linear_cost) < 0.75
+
+
+def test_each_stage_of_cacheblend_goes_on_where_the_first_ended() -> None:
+    """Danger: gradual filtering pays layer 0 again at every stage, or a stage is not charged."""
+    model = zoo.model_of("llama")
+    info = model.info()
+    engine = engine_of("cacheblend:ratio=0.3,stages=2")
+    plan = engine.planned(prompt(ids(4, 9), *caches(12, 9), system=system()))
+    between = round(0.3 * 1.1 * 21) + 4
+    assert plan.begun is not None
+    first = costs(model, range(5, 30), 30) * (1 + info.projection_share) / 4
+    second = plan.overhead - first  # layer 1 and what layer 2 projects, of some of the tokens: at most the last ones
+    assert 0 < second <= costs(model, range(30 - between, 30), 30) * (1 + info.projection_share) / 4 + 1e-9
 
 
 def test_the_second_answer_selects_and_costs_the_same() -> None:

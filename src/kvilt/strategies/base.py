@@ -19,6 +19,9 @@ class Probe(Protocol):
     def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
         """What the lowest `count` layers hold for each of a plan's segments, keys moved back to position 0."""
 
+    def begun(self, plan: Plan) -> Plan:
+        """The plan without layer 0's work where `layers` has done it for all its computed tokens."""
+
     def attention(
         self, plan: Plan, layers: Sequence[int], pool: Literal["mean", "max", "norm"] = "mean", last: int | None = None
     ) -> Tensor:

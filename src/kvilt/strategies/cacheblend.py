@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvilt.errors import SpecError
+from kvilt.plan import Plan
 from kvilt.strategies.base import Probe
 from kvilt.strategies.selection import Selective, candidates, lay, share, split, top
 from kvilt.types import DocumentCache, Prompt, Which
@@ -45,10 +46,14 @@ class CacheBlend(Selective):
                 kept = top(self._deviation(prompt, probe, kept, stage), kept, count)
         return kept
 
+    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
+        """The selected tokens and the question are computed from layer 1 on, where the look ends; all else is reused."""
+        return probe.begun(super().plan(prompt, probe))
+
     def _deviation(self, prompt: Prompt, probe: Probe, fresh: Tensor, layer: int) -> Tensor:
         """How far the fresh rows of a layer are from the stored ones, (places,) float32."""
-        seen = probe.layers(lay(prompt, fresh).plan(), layer + 1)[1:]  # without the system part
-        parts = zip(seen, prompt.documents, split(prompt, fresh), strict=True)
+        seen = probe.layers(probe.begun(lay(prompt, fresh).ask().plan()), layer + 1)[1:]  # without the system part
+        parts = zip(seen, prompt.documents, split(prompt, fresh), strict=False)  # nor the question
         return torch.cat([distance(f, d, SCORES[self.score]) if m.any() else m.float() for f, d, m in parts])
 
 

@@ -70,7 +70,7 @@ class NoProbe:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TrainError("a strategy that probes the model has no fixed mask to train under.")
 
-    layers = attention = queries = keys = seconds = _refuse
+    layers = begun = attention = queries = keys = seconds = _refuse
 
 
 def parts_of(text: TextFormat, sample: Sample) -> Parts:
