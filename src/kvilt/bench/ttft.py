@@ -50,7 +50,8 @@ def setting(model: Model, specs: Sequence[str], folder: Path, documents: int, co
     wrapper = folder / "wrapper.safetensors"
     width = model.hf.config.hidden_size
     if not wrapper.is_file():
-        Wrapper(torch.randn(8, width) * 0.02, torch.randn(8, width) * 0.02).save(wrapper)
+        header, trailer, links = torch.randn(3, 8, width) * 0.02
+        Wrapper(header, trailer, links=links).save(wrapper)
     engines = {spec: Engine(model, text, _strategy(spec, wrapper), store, compress=compress) for spec in specs}
     texts = collection(documents, DOCUMENT_TOKENS - 1)
     for engine in engines.values():

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvilt.errors import SpecError
 from kvilt.plan import Layout, Plan
 from kvilt.strategies.base import Plain, Probe, begin
-from kvilt.strategies.selection import candidates, layer_range, split, top
+from kvilt.strategies.selection import candidates, layer_range, split
 from kvilt.types import DocumentCache, ModelInfo, Prompt
 
 STABLE = (0.75, 1.0)  # of the depth: the layers whose queries and keys decide
@@ -26,12 +26,13 @@ class SamKV(Plain):
     A block's score is its mean key times the document's own query: the question's, run over all anchors, plus what the
     other documents' last tokens ask, as far as they resemble it. Blocks above the anchors' own score are kept, the best
     of all documents first, for every layer of `layers`. Queries and keys are compared without rotation: what stands
-    where would else decide, and means over rotated vectors mean little. `update="fusion"` makes a kept row
-    theta * fresh + (1 - theta) * stored."""
+    where would else decide, and means over rotated vectors mean little. At most the share `most` of the blocks is kept.
+    `update="fusion"` makes a kept row theta * fresh + (1 - theta) * stored."""
 
     init: int = 8
     local: int = 16
     block: int = 8
+    most: float = 0.5
     layers: str = ""
     update: str = UPDATES[0]
     theta: float = 0.9
@@ -44,8 +45,8 @@ class SamKV(Plain):
             )
         if self.update not in UPDATES:
             raise SpecError(f"option update wants {' or '.join(UPDATES)}, not {self.update!r}.")
-        if not 0 < self.theta <= 1:
-            raise SpecError(f"option theta wants a share above 0, at most 1, not {self.theta}.")
+        if not 0 < self.theta <= 1 or not 0 <= self.most <= 1:
+            raise SpecError(f"sam_kv wants 0 < theta <= 1 and 0 <= most <= 1, not {self.theta}, {self.most}.")
         layer_range(self.layers, self.depth, STABLE)
 
     def bind(self, info: ModelInfo) -> Self:
@@ -77,7 +78,7 @@ class SamKV(Plain):
             queries = personal(asked[i], [q[i] for q in own])
             rows = [inner(probe.keys(d, layer), q) for d, q in zip(documents, queries, strict=True)]
             found.append([means(r, g) for r, g in zip(rows, groups, strict=True)])
-        chosen = best_blocks(found)
+        chosen = best_blocks(found, self.most)
         return [torch.cat([torch.ones(1, dtype=torch.bool), c])[g] for c, g in zip(chosen, groups, strict=True)]
 
     def _groups(self, rows: int) -> Tensor:
@@ -127,12 +128,15 @@ def keep_share(scores: Tensor) -> float:
     return float((high - anchor) / (high - low)) if low < anchor <= high else 0.0
 
 
-def best_blocks(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The blocks to keep of each document, (blocks,) bool each: as many as all shares add up to, in any of the layers."""
+def best_blocks(found: Sequence[Sequence[Tensor]], most: float) -> list[Tensor]:
+    """The blocks to keep of each document, (blocks,) bool each: as many as all shares add up to, in any of the layers.
+
+    Where that is more than the share `most` of all blocks, fewer in every layer."""
     sizes = [len(s) - 1 for s in found[0]]
     shares = [sum(map(keep_share, scores)) / len(found) for scores in zip(*found, strict=True)]
     count = sum(int(share * size) for share, size in zip(shares, sizes, strict=True))
-    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
-    for layer in found:
-        chosen |= top(torch.cat([s[1:] for s in layer]), torch.ones_like(chosen), count)
-    return list(torch.split_with_sizes(chosen, sizes))
+    orders = [torch.cat([s[1:] for s in layer]).sort(descending=True, stable=True).indices for layer in found]
+    place = torch.stack([order.argsort() for order in orders]).amin(0)  # each block's best among the layers, 0 is first
+    limit = round(most * len(place))
+    count = min([count, *place.sort().values[limit : limit + 1].tolist()])
+    return list(torch.split_with_sizes(place < count, sizes))
