@@ -20,20 +20,23 @@ kvlink() {
     name=$1 model=$2
     shift 2
     kvilt train kvlink --model "$model" --out "$out/$name" --set slots=18 --set max_tokens=2048 \
-        --set steps=1000 --set batch=16 --set micro_batch=8 --set optimizer=muon --set lr=3e-3 --set evaluate_every=100 --set patience=8 "$@" \
-        "qa:$out/rows/biography.jsonl@2" "qa:$out/rows/stories.jsonl@1" "qa:$out/rows/babi.jsonl@1"
+        --set steps=1000 --set batch=16 --set micro_batch=8 --set optimizer=muon --set lr=3e-3 --set evaluate_every=100 --set patience=20 "$@"
 }
+questions="qa:$out/rows/biography.jsonl@2 qa:$out/rows/stories.jsonl@1 qa:$out/rows/babi.jsonl@1"
+copies="qa:$out/rows/copies.jsonl"
 all="$out/few/biography.jsonl@2 $out/few/stories.jsonl@1 $out/few/babi.jsonl@1"
 
 [ $# -gt 0 ] || set -- kvlink0 kvlink1 kvlink5 packet linked linked_tail packet_biography packet_babi
 for name in "$@"; do
     # shellcheck disable=SC2086
     case $name in
-    kvlink0) kvlink "$name" builtin --set links=0 ;;
-    kvlink1) kvlink "$name" builtin --set links=1 --set "init= She" ;;
-    kvlink5) kvlink "$name" builtin --set links=5 --set "init= She| lives in| studied at| works for| enjoys" ;;
-    # Anchors start from KVLink's weights (train kvlink5 first); anchors4 keeps a quarter of the rows, anchors8 half, anchors12 three quarters.
-    anchors*) kvlink "$name" "$out/kvlink5" --set links=5 --set chunk=16 --set "anchors=${name#anchors}" --set steps=100 --set evaluate_every=50 ;;
+    kvlink0) kvlink "$name" builtin --set links=0 $questions ;;
+    kvlink1) kvlink "$name" builtin --set links=1 --set "init= She" $questions ;;
+    kvlink5) kvlink "$name" builtin --set links=5 --set "init= She| lives in| studied at| works for| enjoys" $questions ;;
+    # Anchors: from kvlink5 on, documents are first said again from a quarter of their rows (repeat), then questions are answered:
+    # anchors8 keeps a quarter of the rows, anchors16 half, anchors24 three quarters.
+    repeat) kvlink "$name" "$out/kvlink5" --set links=5 --set chunk=32 --set anchors=8 --set steps=600 --set batch=32 --set micro_batch=16 --set held_out=0.01 $copies ;;
+    anchors*) kvlink "$name" "$out/repeat" --set links=5 --set chunk=32 --set "anchors=${name#anchors}" --set steps=600 $questions "$copies@1" ;;
     packet) wrapper packet packet --set steps=250 $all ;;
     linked) wrapper linked-packet linked --set "start=$out/packet/wrapper.safetensors" --set links=5 --set steps=300 $all ;;
     linked_tail) wrapper linked-packet linked_tail --set "start=$out/packet/wrapper.safetensors" --set links=8 --set layout=tail --set steps=200 $all ;;

@@ -90,14 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--babi", type=Path, help="folder with bAbI en-10k")
-    parser.add_argument("--count", type=int, default=6000, help="rows of a file at most")
+    parser.add_argument("--count", type=int, default=6000, help="rows of a file at most; of copies four times as many")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
     files = {"biography": biographies(rng, args.count), "stories": tales(rng, args.count)}
     if args.babi:
         files["babi"] = statements(rng, args.count, args.babi)
-    files["copies"] = copies(random.Random(SEED + 1), args.count)
+    files["copies"] = copies(random.Random(SEED + 1), 4 * args.count)
     for name, rows in files.items():
         text = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in rows)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")

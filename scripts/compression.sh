@@ -9,7 +9,7 @@ ask() { # MODEL, then strategies and compressions: 500 questions on one document
     model=$1
     shift
     for kind in one_hop two_hop; do
-        kvilt evaluate run "builtin:kind=$kind" --model "$model" --out "$records/$(basename "$model")" "$@" > /dev/null
+        kvilt evaluate run "builtin:kind=$kind" --model "$model" --out "$records/$name" "$@" > /dev/null
     done
 }
 
@@ -20,7 +20,7 @@ presses() {
     done
 }
 
-[ $# -gt 0 ] || set -- builtin kvlink5 anchors4 anchors8 anchors12
+[ $# -gt 0 ] || set -- builtin bfloat16 kvlink5 anchors8 anchors16 anchors24
 for name in "$@"; do
     # shellcheck disable=SC2046
     case $name in
@@ -28,6 +28,7 @@ for name in "$@"; do
         ask builtin -s naive --compress "" --compress int8 --compress int4 --compress fp8 $(presses) --compress cur:keep=0.5+int8
         ask builtin -s "kv_packet:wrapper=$trained/packet/wrapper.safetensors" --compress "" --compress int8 --compress cur:keep=0.5+int8
         ;;
+    bfloat16) ask builtin --dtype bfloat16 -s naive --compress "" --compress int8 --compress fp8 ;;
     kvlink5) ask "$trained/kvlink5" -s kvlink:links=5 --compress "" --compress int8 --compress cur:keep=0.5+int8 ;;
     anchors*) ask "$trained/$name" -s anchors:links=5 --compress "" --compress int8 ;;
     *) echo "unknown model: $name" >&2; exit 2 ;;
