@@ -28,6 +28,7 @@ for name in "$@"; do
         ;;
     full) ask builtin 500 -s full ;;
     kvlink*) ask "$trained/$name" 100 -s "kvlink:links=${name#kvlink}" ;;
+    anchors*) ask "$trained/$name" 100 -s anchors:links=5 ;; # for benchmarks/methods.md
     *) echo "unknown model: $name" >&2; exit 2 ;;
     esac
 done
