@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from quality_tables import METHODS, Cell, load, rows, shown
+from quality_tables import METHODS, Cell, label, listed, load, rows
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TITLES = dict(zip(METHODS, ("one document", "two documents", "earlier chunk needed", "bAbI"), strict=True))
@@ -21,7 +21,7 @@ def family(strategy: str) -> str:
 def main() -> None:
     """One column per kind of question: accuracy above, agreement with full recompute below; a line joins budgets."""
     every = rows(load("methods")).items()
-    found = {strategy: row for (model, strategy), row in every if shown(model, strategy)}
+    found = {label(*key).strip("`"): row for key, row in every if listed(*key) and key[1] != "no documents"}
     families = list(dict.fromkeys(map(family, found)))
 
     looks = {name: ("osD^vPX*"[i // 10], f"C{i % 10}") for i, name in enumerate(families)}
@@ -29,14 +29,14 @@ def main() -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(METHODS), sharex=True)
     for column, kind in enumerate(METHODS):
-        for line, (figures, label) in enumerate(((accuracy, "right, %"), (agreement, "same answer as full, %"))):
+        for line, (figures, axis) in enumerate(((accuracy, "right, %"), (agreement, "same answer as full, %"))):
             plot = axes[line, column]
             for name in families:
                 points = sorted((r[kind]["charged"], figures(r[kind])) for s, r in found.items() if family(s) == name)
                 mark, colour = looks[name]
                 plot.plot(*zip(*points, strict=True), marker=mark, color=colour, lw=0.8, ms=5, label=name)
             plot.set_title(TITLES[kind] if line == 0 else "")
-            plot.set_ylabel(label if column == 0 else "")
+            plot.set_ylabel(axis if column == 0 else "")
             plot.set_xlabel("charged compute (full recompute = 1)" if line else "")
             plot.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
