@@ -42,6 +42,8 @@ bench: $(VENV)/.ready
 		--strategy epic:tokens=16 --strategy random:ratio=0.15 --strategy cacheblend:ratio=0.15 \
 		--strategy cacheblend:ratio=0.15,stages=3 --strategy a3:ratio=0.15 --strategy prophetkv:ratio=0.2 \
 		--strategy infoflow:ratio=0.2 --strategy sam_kv
+	$(BIN)/kvilt bench ttft --out benchmarks/recompute --keep build/caches --documents 10 --strategy full \
+		--strategy epic:tokens=16 --strategy cacheblend:ratio=0.15 --strategy prophetkv:ratio=0.2
 	$(BIN)/kvilt bench compression --out benchmarks --shape llama-30m --compress int8 --compress int4 --compress fp8 \
 		--compress keydiff:keep=0.75 --compress keydiff:keep=0.5 --compress keydiff:keep=0.25 --compress keydiff:keep=0.5+int8
 	$(BIN)/kvilt bench decode --out benchmarks

@@ -83,7 +83,7 @@ LONG = {
     "ttft": table,
     "floor/ttft": table,
     "methods/ttft": table,
-    "quiet/ttft": table,
+    "recompute/ttft": table,
     "decode": decode,
     "encode": encode,
     "memory": memory,
