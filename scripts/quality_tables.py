@@ -121,7 +121,9 @@ def methods(cells: Sequence[Cell]) -> str:
 
 def listed(model: str, strategy: str) -> bool:
     """Whether the page of methods has this row: no wrappers off their task, and of fine-tuned checkpoints their own method."""
-    return shown(model, strategy) or strategy.startswith("anchors") or (strategy == "no documents" and model == "builtin")
+    return (
+        shown(model, strategy) or strategy.startswith("anchors") or (strategy == "no documents" and model == "builtin")
+    )
 
 
 def compressed(cells: Sequence[Cell]) -> str:
