@@ -148,6 +148,11 @@ class Plan:
         """The places of a segment whose stored rows the pass needs, (length,) bool."""
         return segment.stored if self.blend < 1 else segment.reused
 
+    @property
+    def left(self) -> float:
+        """The share of the layers that the pass still has to run."""
+        return 1 - (self.begun.share if self.begun else 0.0)
+
     @functools.cached_property
     def blended(self) -> Tensor | None:
         """Computed tokens whose fresh rows are mixed with their stored ones, (computed,) bool; None: `blend` is 1."""
@@ -181,17 +186,16 @@ class Plan:
         `linear` is the cost of a token's matrices in units of attending to one key (`ModelInfo.linear_cost`);
         infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline), less the
         layers begun with."""
-        left = 1 - (self.begun.share if self.begun else 0.0)
         if math.isinf(linear):
-            return self.overhead + left * len(self.computed_rows) / self.baseline
+            return self.overhead + self.left * len(self.computed_rows) / self.baseline
         full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
-        return self.overhead + left * self.work(linear) / full
+        return self.overhead + self.work(linear) / full
 
     def work(self, linear: float) -> float:
-        """Compute of the pass in units of attending to one key: sum(linear + keys seen) over computed tokens."""
+        """Compute of the pass in units of attending to one key: sum(linear + keys seen) over its tokens, in the layers left."""
         at = self.positions[self.computed_rows]
         seen = torch.searchsorted(self.positions.sort().values, at, right=True).sum()
-        return len(at) * linear + float(seen)
+        return self.left * (len(at) * linear + float(seen))
 
     def dense(self) -> Dense:
         """The plan as one pass: each reused document once as it was encoded, plus every computed token."""
