@@ -8,12 +8,12 @@ import argparse
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kvilt.builtin import babi, contexts, stories
-from kvilt.builtin.samples import Question, Sample
+from kvilt.builtin.samples import Page, Question, Sample
 
 SEED = 77  # the base model's own training draws from other seeds
 PAGES = 18  # documents of a sample at most: as many slots as the tokenizer's reserved tokens give five links each
@@ -26,9 +26,13 @@ def row(rng: random.Random, sample: Sample, question: Question) -> dict[str, Any
     """One JSON line; the order of the pages carries meaning, since chunks refer to what stands before them."""
     earlier = [q for q in sample.questions if q is not question and q.after <= question.after]
     further = [{"question": q.text, "answers": [q.answer], "documents": q.after} for q in mixed(rng, earlier)[:MORE]]
-    pages = [{"title": p.title, "text": p.text} if p.title else p.text for p in sample.pages[: question.after]]
     asked = {"question": question.text, "answers": [question.answer], "further": further}
-    return {"documents": pages, **asked, "ordered": True, "split": "train"}
+    return {"documents": documents(sample.pages[: question.after]), **asked, "ordered": True, "split": "train"}
+
+
+def documents(pages: Iterable[Page]) -> list[dict[str, str] | str]:
+    """Pages as `kvilt train` reads them."""
+    return [{"title": p.title, "text": p.text} if p.title else p.text for p in pages]
 
 
 def mixed(rng: random.Random, questions: list[Question]) -> list[Question]:
@@ -79,10 +83,9 @@ def copies(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
         if len(pages) == 1:
             asked = [("What does the page say?", pages[0].text)]
         if asked:
-            shown = [{"title": p.title, "text": p.text} if p.title else p.text for p in pages]
             first, *others = [{"question": question, "answers": [text]} for question, text in asked]
             further = [{**one, "documents": len(pages)} for one in others]
-            yield {"documents": shown, **first, "further": further, "ordered": True, "split": "train"}
+            yield {"documents": documents(pages), **first, "further": further, "ordered": True, "split": "train"}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ set -eu
 records=$1 trained=$2
 shift 2
 
-ask() { # MODEL, then strategies and compressions: 500 questions on one document, 500 across two
+ask() { # MODEL, then strategies and compressions: 500 questions on one document, 500 across two, into the folder $name
     model=$1
     shift
     for kind in one_hop two_hop; do

@@ -14,6 +14,7 @@ Cell = dict[str, Any]
 ONE, ACROSS = ("one_hop",), ("two_hop", "chunked", "chunked_hop", "state")
 BABI = ("babi",)
 TASKS = tuple(f"babi_{task}" for task in (1, 2, 6, 9, 12, 15))
+TWO, METHODS = ("one_hop", "two_hop"), ("one_hop", "two_hop", "chunked", "babi")  # columns of the other pages
 ENOUGH = 500  # questions of a cell
 
 
@@ -105,9 +106,6 @@ def mean_right(row: dict[str, Cell], kinds: Sequence[str]) -> float | None:
     return sum(values) / len(values) if len(values) == len(kinds) else None
 
 
-METHODS = ("one_hop", "two_hop", "chunked", "babi")
-
-
 def methods(cells: Sequence[Cell]) -> str:
     """A row per method and budget: accuracy with its interval, and fidelity and compute over all kinds."""
     lines = []
@@ -179,7 +177,6 @@ def duels(found: Sequence[Cell]) -> str:
     return table(["", "questions", "n", "points"], lines)
 
 
-TWO = ("one_hop", "two_hop")
 COSTS = (("agreement", 1), ("kl", 3), ("charged", 3), ("computed", 1), ("kb_loaded", 0))
 SECTIONS: list[tuple[str, str, dict[str, Callable[[Any], str]]]] = [
     (
