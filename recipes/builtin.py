@@ -19,10 +19,9 @@ from builtin_tokenizer import SPECIALS, obtain
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from kvilt.builtin import babi
-from kvilt.builtin.contexts import Shape
-from kvilt.builtin.samples import Sample
+from world import babi
+from world.contexts import Shape
+from world.samples import Sample
 
 SEED = 1
 LENGTH = 512

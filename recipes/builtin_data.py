@@ -9,9 +9,8 @@ import torch
 from builtin_tokenizer import SYSTEM
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from kvilt.builtin import contexts, stories, words
-from kvilt.builtin.samples import Question, Sample
+from world import contexts, stories, words
+from world.samples import Question, Sample
 
 IGNORE = -100
 FIELDS = ("ids", "position", "sample", "segment", "limit", "page", "label", "question", "value")

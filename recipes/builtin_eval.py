@@ -10,9 +10,8 @@ from builtin_data import IGNORE, Encoder, Row, collate, mask
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
-
-from kvilt.builtin import contexts, stories
-from kvilt.builtin.samples import Sample
+from world import contexts, stories
+from world.samples import Sample
 
 
 def samples(seed: int, count: int) -> list[Sample]:

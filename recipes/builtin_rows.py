@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvilt.builtin import babi, contexts, stories
-from kvilt.builtin.samples import Page, Question, Sample
+from world import babi, contexts, stories
+from world.samples import Page, Question, Sample
 
 SEED = 77  # the base model's own training draws from other seeds
 PAGES = 18  # documents of a sample at most: as many slots as the tokenizer's reserved tokens give five links each

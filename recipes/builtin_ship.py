@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world.collection import make, write
 
-from kvilt.builtin.collection import make, write
 from kvilt.strategies.kvlink import DESCRIPTION
 
 PACKAGE = Path(__file__).parents[1] / "src" / "kvilt" / "builtin"

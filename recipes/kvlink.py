@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kvilt.train.data import Source
-from kvilt.train.job import Progress
-from kvilt.train.kinds import MIXTURE, source, weighted
-from kvilt.train.kvlink import KVLinkConfig, train_kvlink
+from kvilt.lab.train.data import Source
+from kvilt.lab.train.job import Progress
+from kvilt.lab.train.kinds import MIXTURE, source, weighted
+from kvilt.lab.train.kvlink import KVLinkConfig, train_kvlink
 
 SYSTEMS = (  # several, so that the links do not depend on one
     "Answer the question from the documents.",

@@ -19,9 +19,9 @@ import torch
 import transformers
 
 import kvilt
-from kvilt.evaluate.bootstrap import difference, interval
-from kvilt.evaluate.fidelity import same_text
-from kvilt.evaluate.records import read
+from kvilt.lab.evaluate.bootstrap import difference, interval
+from kvilt.lab.evaluate.fidelity import same_text
+from kvilt.lab.evaluate.records import read
 
 Record = dict[str, Any]
 EARLIER = ("chunked", "chunked_hop")

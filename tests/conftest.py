@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import zoo
-from kvilt.model import Model
+from kvilt.model.model import Model
 
 
 @pytest.fixture(autouse=True)

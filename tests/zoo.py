@@ -25,8 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvilt.identity import tokenizer_digest
-from kvilt.model import Model
+from kvilt.model.identity import tokenizer_digest
+from kvilt.model.model import Model
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(64))]
 VOCABULARY = len(SPECIAL) + 256

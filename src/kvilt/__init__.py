@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvilt.encoder import EncodeReport
-    from kvilt.engine import Engine
+    from kvilt.engine.encoder import EncodeReport
+    from kvilt.engine.engine import Engine
     from kvilt.errors import KviltError, StoreError, UserError
-    from kvilt.model import Model
+    from kvilt.model.model import Model
     from kvilt.plan import Layout, Plan, Segment
     from kvilt.stores.base import CacheStore
     from kvilt.strategies.base import Strategy
@@ -22,12 +22,12 @@ _HOME = {
     "CacheStore": "stores.base",
     "Document": "types",
     "DocumentCache": "types",
-    "EncodeReport": "encoder",
+    "EncodeReport": "engine.encoder",
     "Encoding": "types",
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "KviltError": "errors",
     "Layout": "plan",
-    "Model": "model",
+    "Model": "model.model",
     "Plan": "plan",
     "Prompt": "types",
     "Segment": "plan",

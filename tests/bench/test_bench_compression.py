@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from kvilt.bench.cli import app
+from kvilt.lab.bench.cli import app
 
 
 def test_bytes_errors_and_times(model_dir: Path, tmp_path: Path) -> None:

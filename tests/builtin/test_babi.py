@@ -7,8 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-
-from kvilt.builtin import babi
+from world import babi
 
 STORY = """1 Mary moved to the bathroom.
 2 Mary got the football there.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvilt import builtin, demo
+from kvilt import builtin
+from kvilt.lab import demo
 
 
 def test_the_demo_shows_every_method_that_ships(

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import builtin_data as data
 import builtin_tokenizer as tokenizers
 from builtin_optim import orthogonal
+from world import contexts
 
 import builtin as recipe
-from kvilt.builtin import contexts
 
 TINY = recipe.Plan(rows=2, few=1, grow=4, total=8, layers=4, width=64, heads=4, inner=64)
 

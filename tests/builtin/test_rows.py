@@ -12,9 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import builtin_rows as rows
+from world import contexts
 
-from kvilt.builtin import contexts
-from kvilt.train.data import qa_sample, read
+from kvilt.lab.train.data import qa_sample, read
 
 RECIPE = Path(rows.__file__)
 

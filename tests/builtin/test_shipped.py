@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from kvilt import builtin
-from kvilt.engine import Engine
-from kvilt.evaluate.metrics import normalise
+from kvilt.engine.engine import Engine
+from kvilt.lab.evaluate.metrics import normalise
 
 
 def test_model_files() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from kvilt.builtin import contexts, stories, templates
-from kvilt.builtin.samples import Sample
-from kvilt.builtin.world import World, held_out
+from world import contexts, stories, templates
+from world.samples import Sample
+from world.world import World, held_out
 
 
 def made(split: str, count: int = 40) -> list[Sample]:

@@ -10,10 +10,10 @@ import torch
 from cli_kit import data, run, write_documents
 from safetensors.torch import load_file
 
-from kvilt.documents import read_documents
-from kvilt.engine import Engine
+from kvilt.engine.documents import read_documents
+from kvilt.engine.engine import Engine
 from kvilt.stores.memory import MemoryStore
-from kvilt.wrapper import Wrapper
+from kvilt.strategies.wrapper import Wrapper
 
 QUESTION = "what stands in the harbour?"
 STRATEGIES = [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 import zoo
-from kvilt.wrapper import Wrapper
+from kvilt.strategies.wrapper import Wrapper
 
 ASK = ("ask", "what?", "--max-new-tokens", 1)
 

@@ -14,7 +14,7 @@ from tokenizers import normalizers
 
 import zoo
 from kvilt.stores.disk import DiskStore
-from kvilt.wrapper import Wrapper
+from kvilt.strategies.wrapper import Wrapper
 
 
 @pytest.fixture

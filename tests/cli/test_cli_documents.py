@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvilt.documents import read_documents
+from kvilt.engine.documents import read_documents
 from kvilt.errors import DocumentError
 from kvilt.types import Document
 

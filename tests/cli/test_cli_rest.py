@@ -14,7 +14,8 @@ from cli_kit import data, run
 from typer.testing import CliRunner
 
 import kvilt
-from kvilt import gates, registry
+from kvilt import registry
+from kvilt.check import gates
 from kvilt.cli import mount
 from kvilt.cli.several import spread
 

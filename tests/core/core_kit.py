@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import zoo
-from kvilt.engine import Engine
-from kvilt.model import Model
+from kvilt.engine.engine import Engine
+from kvilt.engine.text import TextFormat
+from kvilt.model.model import Model
 from kvilt.plan import Layout, Plan
 from kvilt.registry import build
 from kvilt.stores.base import CacheStore
 from kvilt.stores.memory import MemoryStore
-from kvilt.text import TextFormat
+from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, Prompt, TensorLayers, digest_of
-from kvilt.wrapper import Wrapper
 
 TOLERANCE = 1e-4  # relative to the largest value, float32
 FIRST = len(zoo.SPECIAL)  # the first id that is a byte

@@ -11,7 +11,7 @@ import torch
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, cache_of, engine_of, ids, layout, off, off_dense, prompt, pruned
 
 import zoo
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.plan import Plan, Segment
 from kvilt.stores.disk import DiskStore

@@ -13,8 +13,8 @@ from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, ids, off, 
 from torch import Tensor
 
 import zoo
-from kvilt import attention
 from kvilt.errors import SpecError
+from kvilt.model import attention
 from kvilt.plan import ContextScaling, Plan, Segment
 from kvilt.strategies.ape import Ape, ApeProfile
 from kvilt.types import Document

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvilt import attention
+from kvilt.model import attention
 
 
 @pytest.mark.parametrize("scattered", [True, False])

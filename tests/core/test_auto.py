@@ -14,11 +14,12 @@ from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, ids, layout, off
 from torch import Tensor
 
 import zoo
-from kvilt import gates, pace
-from kvilt.engine import Engine
+from kvilt.check import gates
+from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
-from kvilt.model import Model
-from kvilt.pace import Pace
+from kvilt.model import pace
+from kvilt.model.model import Model
+from kvilt.model.pace import Pace
 from kvilt.plan import Plan
 from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.auto import Auto

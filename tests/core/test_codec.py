@@ -10,14 +10,14 @@ from core_kit import DOCUMENTS, QUESTION, cache_of, engine_of, ids, off, pruned
 from torch import Tensor
 
 import zoo
-from kvilt.codec import CODECS, GRID, PackedLayers
 from kvilt.errors import DamagedCache, ModelError
-from kvilt.model import Model
+from kvilt.model.model import Model
+from kvilt.model.rope import turned
 from kvilt.plan import Layout
-from kvilt.rope import turned
+from kvilt.rows.codec import CODECS, GRID, PackedLayers
+from kvilt.rows.format import file_size, open_file, write_file
 from kvilt.stores.base import CacheStore
 from kvilt.stores.disk import DiskStore
-from kvilt.stores.format import file_size, open_file, write_file
 from kvilt.stores.memory import MemoryStore
 from kvilt.stores.tiered import TieredStore
 from kvilt.types import DocumentCache, Prompt, Which

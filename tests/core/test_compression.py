@@ -10,11 +10,11 @@ from core_kit import DOCUMENTS, QUESTION, engine_of, off, wrapper_file
 from test_gates import MATRIX
 
 import zoo
-from kvilt import gates
+from kvilt.check import gates
 from kvilt.compress.base import Compression
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
-from kvilt.model import Model
+from kvilt.model.model import Model
 from kvilt.stores.disk import DiskStore
 from kvilt.types import Answer, Document
 
@@ -57,7 +57,7 @@ def test_gates_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_the_gates_notice_wrong_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: for packed rows a gate compares a run with itself."""
-    from kvilt.rope import Turned
+    from kvilt.model.rope import Turned
 
     engine = engine_of().with_strategy("block", "int8")
     ordinary = Turned.fetch

@@ -12,11 +12,11 @@ import torch
 from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 
 import zoo
-from kvilt.decode import Settings
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
+from kvilt.engine.streaming import Pieces, stream
 from kvilt.errors import DamagedCache, PromptError
-from kvilt.model import Model
-from kvilt.streaming import Pieces, stream
+from kvilt.model.decoding import Settings
+from kvilt.model.model import Model
 from kvilt.types import Answer, Usage
 
 

@@ -10,7 +10,7 @@ import torch
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off, wrapper_file
 
 import zoo
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import DamagedCache, DocumentError, PromptError, SpecError, StoreUnavailable
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off
 
-from kvilt import gates, registry
-from kvilt.engine import Engine
+from kvilt import registry
+from kvilt.check import gates
+from kvilt.engine.engine import Engine
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import zoo
-from kvilt import gates, registry
-from kvilt.engine import Engine
+from kvilt import registry
+from kvilt.check import gates
+from kvilt.engine.engine import Engine
+from kvilt.engine.text import TextFormat
 from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.base import Strategy
-from kvilt.text import TextFormat
+from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document
-from kvilt.wrapper import Wrapper
 
 # A new strategy is one line here.
 MATRIX = [
@@ -91,7 +92,7 @@ def test_gates(family: str, spec: str, wrapper: Path) -> None:
 @pytest.mark.parametrize("spec", ["block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "ape"])
 def test_gates_in_half_precision(dtype: torch.dtype, spec: str, wrapper: Path) -> None:
     """The documented tolerances hold: 0.02 of the largest logit in float16, 0.1 in bfloat16."""
-    from kvilt.model import Model
+    from kvilt.model.model import Model
 
     engine = engine_of("llama", spec, wrapper)
     half = Engine(Model(zoo.hf_model("llama").to(dtype)), engine.text, engine.strategy, MemoryStore())

@@ -25,7 +25,7 @@ from transformers import (
 
 from kvilt.compress.base import Compression
 from kvilt.compress.text import LLMLingua2
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import DocumentError, MissingExtra, ModelError, SpecError
 from kvilt.types import Document
 

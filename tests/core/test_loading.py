@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from kvilt import identity, proof
 from kvilt.errors import ModelError, SpecError
-from kvilt.loading import load_model
+from kvilt.model import identity, proof
+from kvilt.model.loading import load_model
 from kvilt.types import Encoding
 
 

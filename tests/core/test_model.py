@@ -16,8 +16,8 @@ from torch import Tensor
 
 import zoo
 from kvilt.errors import DamagedCache
-from kvilt.model import Model
-from kvilt.placed import BufferPool, Shape
+from kvilt.model.model import Model
+from kvilt.model.placed import BufferPool, Shape
 from kvilt.plan import Plan
 from kvilt.types import DocumentCache, Encoding, TensorLayers, Which
 

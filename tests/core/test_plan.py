@@ -12,7 +12,7 @@ from core_kit import TOLERANCE, bare, cache_of, fake, ids, layout, off, off_dens
 from torch import Tensor
 
 import zoo
-from kvilt.model import Model
+from kvilt.model.model import Model
 from kvilt.plan import ContextScaling, Layout, Plan, Segment
 from kvilt.types import DocumentCache, Encoding, TensorLayers
 

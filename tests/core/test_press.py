@@ -10,12 +10,12 @@ from core_kit import DOCUMENTS, QUESTION, engine_of, off_dense, wrapper_file
 from torch import Tensor
 
 import zoo
-from kvilt import gates
-from kvilt.attention import weights
+from kvilt.check import gates
 from kvilt.compress.base import Made
 from kvilt.compress.press import Cur, KeyDiff, KNorm, KVzip, Leverage, Press, Random, leverage
 from kvilt.errors import DocumentError, SpecError
-from kvilt.probe import ModelProbe
+from kvilt.model.attention import weights
+from kvilt.model.probe import ModelProbe
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, TensorLayers
 
 PRESSES = ["keydiff", "knorm", "leverage", "cur", "kvzip", "random"]
@@ -99,7 +99,7 @@ def test_kvzip_scores_are_the_most_attention_while_the_document_is_repeated() ->
     def hook(_: int, query: Tensor, key: Tensor, __: Tensor, mask: Tensor | None, scale: float | None) -> None:
         seen.append(weights(query, key, mask, scale)[:, -len(ids) - 1 :, : len(ids)].amax((0, 1)))
 
-    from kvilt.attention import using
+    from kvilt.model.attention import using
 
     with using(hook), torch.no_grad():  # one ordinary pass over document, instruction and document
         model.hf(torch.cat([ids, asked, ids])[None], use_cache=False)

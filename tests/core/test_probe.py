@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import zoo
-from kvilt import attention
-from kvilt.begun import decoder_layers, entering
-from kvilt.model import Model
+from kvilt.model import attention
+from kvilt.model.begun import decoder_layers, entering
+from kvilt.model.model import Model
+from kvilt.model.probe import CHUNK, ModelProbe, received
 from kvilt.plan import Layout, Plan
-from kvilt.probe import CHUNK, ModelProbe, received
 from kvilt.types import DocumentCache, Encoding, Prompt, TensorLayers
 
 

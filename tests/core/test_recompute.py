@@ -12,11 +12,11 @@ from core_kit import DOCUMENTS, QUESTION, TOLERANCE, bare, cache_of, engine_of, 
 from torch import Tensor
 
 import zoo
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
-from kvilt.model import Model
+from kvilt.model.model import Model
+from kvilt.model.probe import ModelProbe
 from kvilt.plan import Plan, Segment
-from kvilt.probe import ModelProbe
 from kvilt.registry import build
 from kvilt.strategies import infoflow
 from kvilt.strategies.base import Strategy

@@ -9,8 +9,8 @@ from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForC
 
 import zoo
 from kvilt.errors import ModelError
-from kvilt.model import Model
-from kvilt.rope import Rope, check_rope_type, rope_of
+from kvilt.model.model import Model
+from kvilt.model.rope import Rope, check_rope_type, rope_of
 from kvilt.types import Encoding
 
 

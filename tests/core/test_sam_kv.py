@@ -26,10 +26,10 @@ from torch import Tensor
 
 import zoo
 from kvilt.errors import SpecError
-from kvilt.model import Model
-from kvilt.placed import PlacedCache
+from kvilt.model.model import Model
+from kvilt.model.placed import PlacedCache
+from kvilt.model.probe import ModelProbe
 from kvilt.plan import Layout, Plan
-from kvilt.probe import ModelProbe
 from kvilt.strategies.sam_kv import SamKV, best_blocks, inner, keep_share, means, personal
 from kvilt.types import DocumentCache, Prompt, TensorLayers
 

@@ -12,9 +12,9 @@ from core_kit import TOLERANCE, cache_of, ids, layout, off, off_dense
 from torch import Tensor
 
 import zoo
-from kvilt import attention, support
 from kvilt.errors import ModelError
-from kvilt.model import Model
+from kvilt.model import attention, support
+from kvilt.model.model import Model
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -10,8 +10,8 @@ import torch
 from core_kit import DOCUMENTS, QUESTION
 
 import zoo
+from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
 from kvilt.errors import DocumentError, ModelError, PromptError
-from kvilt.text import DEFAULT_SYSTEM, TextFormat
 from kvilt.types import Document
 
 # Shortened from the templates of the checkpoints; control words are the tiny tokenizer's.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import zoo
 from kvilt.errors import SpecError, WrapperError
-from kvilt.wrapper import Wrapper
+from kvilt.strategies.wrapper import Wrapper
 
 
 def made(links: bool = False, width: int = 64) -> Wrapper:

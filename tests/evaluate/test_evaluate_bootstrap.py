@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvilt.evaluate.bootstrap import difference, interval
+from kvilt.lab.evaluate.bootstrap import difference, interval
 
 
 def pairs(values):

@@ -11,15 +11,15 @@ import torch
 from typer.testing import CliRunner
 
 import zoo
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
+from kvilt.engine.text import TextFormat
 from kvilt.errors import DocumentError, PromptError, UserError
-from kvilt.evaluate import calibrate as module
-from kvilt.evaluate.calibrate import app, asked, calibrate, descend, made_up
+from kvilt.lab.evaluate import calibrate as module
+from kvilt.lab.evaluate.calibrate import app, asked, calibrate, descend, made_up
 from kvilt.plan import ContextScaling, Segment
 from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.ape import Ape, ApeProfile
 from kvilt.strategies.full import FullRecompute
-from kvilt.text import TextFormat
 from kvilt.types import Document
 
 TEXTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvilt.errors import ModelError
-from kvilt.evaluate import fidelity
+from kvilt.lab.evaluate import fidelity
 
 
 def test_divergence_by_hand():

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from kvilt.errors import MissingExtra, UserError
-from kvilt.evaluate import metrics
+from kvilt.lab.evaluate import metrics
 
 
 def test_normalise_follows_squad():

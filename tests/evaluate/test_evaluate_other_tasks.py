@@ -10,7 +10,7 @@ import pytest
 
 from kvilt import registry
 from kvilt.errors import DocumentError, UserError
-from kvilt.evaluate import metrics
+from kvilt.lab.evaluate import metrics
 
 
 def samples(spec, split=None):

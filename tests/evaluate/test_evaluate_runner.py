@@ -8,9 +8,9 @@ import torch
 from evaluate_fakes import FakeEngine, FakeStrategy
 
 from kvilt.errors import MissingExtra, UserError
-from kvilt.evaluate.records import read
-from kvilt.evaluate.report import load, plot, report
-from kvilt.evaluate.runner import choose, run
+from kvilt.lab.evaluate.records import read
+from kvilt.lab.evaluate.report import load, plot, report
+from kvilt.lab.evaluate.runner import choose, run
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_plot(tmp_path, spec, monkeypatch):
 
 
 def test_with_a_real_engine(tmp_path, model_dir, spec):
-    from kvilt.engine import Engine
+    from kvilt.engine.engine import Engine
 
     torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
     engine = Engine.load(str(model_dir), "full", "memory")
@@ -224,7 +224,7 @@ def test_with_a_real_engine(tmp_path, model_dir, spec):
 
 def test_every_strategy_runs_with_every_compression_against_an_uncompressed_reference(tmp_path, model_dir, spec):
     """Danger: full recompute or the floor is compressed, too, or a row reads the plain copy."""
-    from kvilt.engine import Engine
+    from kvilt.engine.engine import Engine
 
     engine = Engine.load(str(model_dir), "full", "memory", compress="int4")
     task, chosen = spec + ",answer_tokens=3", ["naive", "epic:tokens=2"]

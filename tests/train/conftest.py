@@ -6,7 +6,7 @@ import pytest
 import torch
 import train_kit as kit
 
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch  # noqa: E402
 import train_kit as kit  # noqa: E402
 
-from kvilt.train.job import Progress  # noqa: E402
+from kvilt.lab.train.job import Progress  # noqa: E402
 
 KILLED_AT = 5
 
@@ -26,10 +26,10 @@ def deadly(progress: Progress) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "packet":
-        from kvilt.train.packet import train_packet
+        from kvilt.lab.train.packet import train_packet
 
         train_packet(kit.engine(), kit.samples(), kit.QUICK, sys.argv[2], None, deadly)
     else:
-        from kvilt.train.kvlink import train_kvlink
+        from kvilt.lab.train.kvlink import train_kvlink
 
         train_kvlink(sys.argv[3], kit.samples(), kit.LINKED, sys.argv[2], None, deadly)

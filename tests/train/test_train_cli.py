@@ -12,8 +12,8 @@ import train_kit as kit
 from typer.testing import CliRunner
 
 from kvilt.errors import TrainError
-from kvilt.train import cli
-from kvilt.wrapper import Wrapper
+from kvilt.lab.train import cli
+from kvilt.strategies.wrapper import Wrapper
 
 
 def run(*arguments: object):
@@ -77,7 +77,7 @@ def test_values_of_every_type():
 
 
 def cli_config():
-    from kvilt.train.kvlink import KVLinkConfig
+    from kvilt.lab.train.kvlink import KVLinkConfig
 
     return KVLinkConfig()
 
@@ -89,7 +89,7 @@ def test_verbs_are_short():
 
 @pytest.mark.parametrize("name", ["PacketConfig", "KVLinkConfig"])
 def test_every_setting_is_documented(name):
-    from kvilt.train import kvlink, packet
+    from kvilt.lab.train import kvlink, packet
 
     told = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     config = getattr(packet if name == "PacketConfig" else kvlink, name)

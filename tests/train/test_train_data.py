@@ -11,8 +11,8 @@ import pytest
 import train_kit as kit
 
 from kvilt.errors import TrainError
-from kvilt.train import kinds
-from kvilt.train.data import (
+from kvilt.lab.train import kinds
+from kvilt.lab.train.data import (
     HELD_OUT_SPLITS,
     Pick,
     Sample,

@@ -8,18 +8,18 @@ import pytest
 import torch
 import train_kit as kit
 
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError
+from kvilt.lab.train.data import Further, Sample
+from kvilt.lab.train.dense import IGNORE, additive, collate, frozen, logits_of, merged, parts_of, row_of
+from kvilt.lab.train.hf import inputs_of, loss_of
+from kvilt.lab.train.losses import Tally, TopK, cross_entropy, divergence
+from kvilt.lab.train.teacher import FULL, Teacher, generate
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.strategies.linked_packet import LinkedPacket
-from kvilt.train.data import Further, Sample
-from kvilt.train.dense import IGNORE, additive, collate, frozen, logits_of, merged, parts_of, row_of
-from kvilt.train.hf import inputs_of, loss_of
-from kvilt.train.losses import Tally, TopK, cross_entropy, divergence
-from kvilt.train.teacher import FULL, Teacher, generate
-from kvilt.wrapper import Wrapper
+from kvilt.strategies.wrapper import Wrapper
 
 FAMILIES = ["llama", "qwen3", "llama-yarn-tied-mha", "glm-interleaved"]
 TOKENS = LinkTokens(((8, 9), (10, 11), (12, 13), (14, 15)), (6,), (7,))
@@ -121,7 +121,7 @@ def test_what_the_trainer_of_kvlink_feeds_equals_serving(engine):
 
 
 def test_plain_text_is_ordinary_language_modelling(engine):
-    from kvilt.train.kinds import text
+    from kvilt.lab.train.kinds import text
 
     parts = parts_of(engine.text, text({"text": "Once upon a time"}, "here"))
     rows = [

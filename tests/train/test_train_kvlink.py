@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import MissingExtra, SpecError, TrainError, UserError
+from kvilt.lab.train import hf as glue
+from kvilt.lab.train.data import Sample, Source
+from kvilt.lab.train.dense import parts_of
+from kvilt.lab.train.kinds import sft, text
+from kvilt.lab.train.kvlink import KVLinkConfig, train_kvlink
+from kvilt.lab.train.muon import MuonAdamW
+from kvilt.lab.train.tokens import link_tokens
 from kvilt.strategies.kvlink import LLAMA3_VOCABULARY, LinkTokens
-from kvilt.train import hf as glue
-from kvilt.train.data import Sample, Source
-from kvilt.train.dense import parts_of
-from kvilt.train.kinds import sft, text
-from kvilt.train.kvlink import KVLinkConfig, train_kvlink
-from kvilt.train.muon import MuonAdamW
-from kvilt.train.tokens import link_tokens
 from kvilt.types import Document
 
 

@@ -14,12 +14,12 @@ import torch
 import train_kit as kit
 
 from kvilt.errors import TrainError, WrapperError
-from kvilt.train import packet as trainer
-from kvilt.train.data import Sample, Source
-from kvilt.train.losses import Fidelity
-from kvilt.train.packet import train_packet
+from kvilt.lab.train import packet as trainer
+from kvilt.lab.train.data import Sample, Source
+from kvilt.lab.train.losses import Fidelity
+from kvilt.lab.train.packet import train_packet
+from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document
-from kvilt.wrapper import Wrapper
 
 
 def vectors(wrapper: Wrapper) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def test_questions_are_asked_by_the_model_and_kept(engine, tmp_path):
 
 
 def test_a_silent_model_is_an_error(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvilt.train.questions._ask", lambda engine, samples, *_: [""] * len(samples))
+    monkeypatch.setattr("kvilt.lab.train.questions._ask", lambda engine, samples, *_: [""] * len(samples))
     with pytest.raises(TrainError, match="asked no question"):
         train(engine, tmp_path, [replace(s, question="") for s in kit.samples()])
 

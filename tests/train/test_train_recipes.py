@@ -46,7 +46,7 @@ def test_kvlink(model_dir, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["packet", "kvlink"])
 def test_settings_are_valid(name):
-    from kvilt.train.job import check
+    from kvilt.lab.train.job import check
 
     for made in recipe(name).RECIPES.values():
         check(made) if name == "packet" else made.config.check()

@@ -10,13 +10,13 @@ import torch
 
 import zoo
 from kvilt import registry
-from kvilt.engine import Engine
-from kvilt.identity import tokenizer_digest
-from kvilt.model import Model
-from kvilt.text import TextFormat
-from kvilt.train.data import Sample
-from kvilt.train.job import PacketConfig
-from kvilt.train.kvlink import KVLinkConfig
+from kvilt.engine.engine import Engine
+from kvilt.engine.text import TextFormat
+from kvilt.lab.train.data import Sample
+from kvilt.lab.train.job import PacketConfig
+from kvilt.lab.train.kvlink import KVLinkConfig
+from kvilt.model.identity import tokenizer_digest
+from kvilt.model.model import Model
 from kvilt.types import Document
 
 QUICK = PacketConfig(

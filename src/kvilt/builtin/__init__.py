@@ -1,16 +1,24 @@
-"""The small model that ships with the package, its documents and the world they tell about."""
+"""The small model that ships with the package, its documents and the questions about them (made by recipes/world)."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypedDict
 
 from kvilt.types import Document
 
-if TYPE_CHECKING:
-    from kvilt.builtin.collection import Asked
+
+class Asked(TypedDict):
+    """One line of questions.jsonl: `documents` in prompt order; a right answer contains `value`."""
+
+    id: str
+    kind: str
+    question: str
+    answer: str
+    value: str
+    documents: list[str]
 
 
 def model_path() -> Path:

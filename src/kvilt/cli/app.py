@@ -112,8 +112,8 @@ def list_(options: Output, kind: Kind = None) -> None:
     show.catalogue(work.catalogue(kind), options.json)
 
 
-mount.add(app, "bench", "kvilt.bench.cli", "Measure time to first token, load and encoding.")
-mount.add(app, "evaluate", "kvilt.evaluate.cli", "Measure answer quality on datasets.")
-mount.add(app, "calibrate", "kvilt.evaluate.calibrate", "Fit a method's settings to your model and documents: ape.")
-mount.add(app, "train", "kvilt.train.cli", "Train what a strategy needs: kvlink, packet.")
-mount.add(app, "demo", "kvilt.demo", "See it work on the built-in model and documents.")
+mount.add(app, "bench", "kvilt.lab.bench.cli", "Measure time to first token, load and encoding.")
+mount.add(app, "evaluate", "kvilt.lab.evaluate.cli", "Measure answer quality on datasets.")
+mount.add(app, "calibrate", "kvilt.lab.evaluate.calibrate", "Fit a method's settings to your model and documents: ape.")
+mount.add(app, "train", "kvilt.lab.train.cli", "Train what a strategy needs: kvlink, packet.")
+mount.add(app, "demo", "kvilt.lab.demo", "See it work on the built-in model and documents.")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvilt import gates as gates_module
 from kvilt import registry
+from kvilt.check import gates as gates_module
+from kvilt.check.gates import GateResult
 from kvilt.cli import talk
-from kvilt.engine import Engine
+from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
-from kvilt.gates import GateResult
 from kvilt.stores.memory import MemoryStore
 from kvilt.types import Answer, Document
 

@@ -18,7 +18,7 @@ from kvilt.cli import talk
 from kvilt.errors import StoreError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
-    from kvilt.engine import Engine
+    from kvilt.engine.engine import Engine
     from kvilt.stores.base import CacheStore
     from kvilt.types import Document
 
@@ -55,7 +55,7 @@ class Stored(Output):
 
     def read(self, paths: Sequence[str]) -> list[Document]:
         """The documents that paths name; what is skipped is told."""
-        from kvilt.documents import read_documents
+        from kvilt.engine.documents import read_documents
 
         skipped: list[str] = []
         documents = read_documents(paths, skipped.append)
@@ -102,7 +102,7 @@ class Run(Stored):
             talk.warn(f"{error} Answering without it.")
             store = dataclasses.replace(self, store="memory").open_store()
         with talk.status(f"loading {self.model}"):
-            from kvilt.engine import Engine
+            from kvilt.engine.engine import Engine
 
             talk.silence_libraries(self.verbose, self.quiet)
             more: dict[str, Any] = {"system": self.system, "dtype": self.dtype, "device": self.device}

@@ -16,10 +16,10 @@ from rich.text import Text
 from kvilt.stores.sizes import show_size
 
 if TYPE_CHECKING:
+    from kvilt.check.doctor import Diagnosis
+    from kvilt.check.gates import GateResult
     from kvilt.cli.compare import Closeness
-    from kvilt.doctor import Diagnosis
-    from kvilt.encoder import EncodeReport
-    from kvilt.gates import GateResult
+    from kvilt.engine.encoder import EncodeReport
     from kvilt.plan import Plan
     from kvilt.stores.base import Entry, StoreStats
     from kvilt.types import Answer

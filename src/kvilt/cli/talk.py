@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from kvilt.encoder import Progress
+    from kvilt.engine.encoder import Progress
 
 LINE_SECONDS = 5.0  # between lines of progress where no bar can be drawn
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvilt import registry
+from kvilt.check.doctor import Diagnosis, Finding, examine_documents, examine_store
 from kvilt.cli import show, talk
 from kvilt.cli.options import Answering, Run
-from kvilt.doctor import Diagnosis, Finding, examine_documents, examine_store
-from kvilt.encoder import Encoder
-from kvilt.engine import Engine
+from kvilt.engine.encoder import Encoder
+from kvilt.engine.engine import Engine
 from kvilt.errors import DocumentError, PromptError, SpecError, StoreUnavailable, UserError, WrapperError
 from kvilt.types import Answer, Document
 

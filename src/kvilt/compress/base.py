@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from kvilt import registry
-from kvilt.codec import Codec, PackedLayers
 from kvilt.errors import SpecError
+from kvilt.rows.codec import Codec, PackedLayers
 from kvilt.types import Document, DocumentCache
 
 KINDS = ("text", "rows", "numbers")  # in the order in which they are applied

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvilt.errors import DamagedCache, StoreUnavailable
+from kvilt.rows.filed import FileLayers, Header
+from kvilt.rows.format import file_size, open_file, read_header, sync_folder, write_file
 from kvilt.stores.base import CacheStore, Entry, StoreStats
 from kvilt.stores.folder import Folder, entry_of
-from kvilt.stores.format import file_size, open_file, read_header, sync_folder, write_file
 from kvilt.stores.index import Index
-from kvilt.stores.layers import FileLayers, Header
 from kvilt.stores.policy import Limits, make_policy
 from kvilt.types import CacheKey, DocumentCache
 

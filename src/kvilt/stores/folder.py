@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvilt.errors import DamagedCache
+from kvilt.rows.filed import Header
+from kvilt.rows.format import SUFFIX, read_header, sync_folder
 from kvilt.stores.base import Entry
-from kvilt.stores.format import SUFFIX, read_header, sync_folder
-from kvilt.stores.layers import Header
 from kvilt.stores.process import Owner
 
 log = logging.getLogger("kvilt")

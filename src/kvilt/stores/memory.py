@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from kvilt.codec import Packed, PackedLayers
+from kvilt.rows.codec import Packed, PackedLayers
 from kvilt.stores.base import CacheStore, Entry, StoreStats
 from kvilt.stores.policy import Limits, Standing, make_policy
 from kvilt.types import CacheKey, DocumentCache, TensorLayers

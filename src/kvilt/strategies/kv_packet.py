@@ -8,8 +8,8 @@ from typing import Self
 from kvilt.errors import SpecError
 from kvilt.plan import Plan
 from kvilt.strategies.base import Probe, Strategy, reuse_all
+from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import ModelInfo, Prompt
-from kvilt.wrapper import Wrapper
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from kvilt.errors import SpecError, WrapperError
 from kvilt.plan import Plan
 from kvilt.strategies.base import Probe, begin
 from kvilt.strategies.kv_packet import KVPacket
+from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import ModelInfo, Prompt
-from kvilt.wrapper import Wrapper
 
 LAYOUTS = ("slots", "tail")
 

@@ -1,0 +1,1 @@
+"""Is it right, and why not: correctness gates, the doctor, comparison with full recompute."""

@@ -1,0 +1,1 @@
+"""Documents to caches, questions to answers."""

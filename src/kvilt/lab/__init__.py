@@ -1,0 +1,1 @@
+"""Training, evaluation, benchmarks and the demo: what a serving process never imports."""

@@ -1,0 +1,229 @@
+"""Tables and plots from record files. For the command line:
+
+    report(out_dir, by=None) -> str        # Markdown; also written to out_dir/report.md
+    plot(out_dir) -> list[Path]            # one PNG a task; needs the extra `plot`
+
+`by` is a key of the samples' metadata ("position", "hops", "kind") that adds one column a value."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvilt.errors import MissingExtra, UserError
+from kvilt.lab.evaluate.bootstrap import Interval, difference, interval
+from kvilt.lab.evaluate.metrics import Pair
+from kvilt.lab.evaluate.records import read, slug
+
+_ORDER = {"full": 0, "strategy": 1, "floor": 2}
+_COLUMNS = (
+    "strategy",
+    "{metric} [95 %]",
+    "− full [95 %]",
+    "agreement %",
+    "first token %",
+    "KL",
+    "charged",
+    "TTFT ms",
+    "kB read",
+    "n",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The records of one strategy on one task."""
+
+    header: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def headline(self) -> str:
+        """The metric that the task leads with."""
+        return str(self.header["metrics"][0])
+
+    def pairs(self, metric: str) -> list[Pair]:
+        """(numerator, denominator) of every record."""
+        return [(r["metrics"][metric][0], r["metrics"][metric][1]) for r in self.records]
+
+    def score(self, metric: str | None = None) -> Interval:
+        """A metric over all samples, in per cent, with its interval."""
+        return _percent(interval(self.pairs(metric or self.headline), [r["group"] for r in self.records]))
+
+    def mean(self, *path: str) -> float | None:
+        """The mean of a field over the records that have it."""
+        values = self._values(*path)
+        return statistics.fmean(values) if values else None
+
+    def median(self, *path: str) -> float | None:
+        """The median of a field over the records that have it."""
+        values = self._values(*path)
+        return statistics.median(values) if values else None
+
+    def where(self, key: str, value: object) -> Rows:
+        """The records whose metadata says so."""
+        return Rows(self.header, [r for r in self.records if r["metadata"].get(key) == value])
+
+    def _values(self, *path: str) -> list[float]:
+        found: list[Any] = list(self.records)
+        for name in path:
+            found = [value[name] for value in found]
+        return [float(value) for value in found if value is not None]
+
+
+def load(out_dir: str | Path) -> dict[str, list[Rows]]:
+    """All record files of a folder by task: full recompute first, the no-document floor last."""
+    place = Path(out_dir)
+    if not place.is_dir():
+        raise UserError(f"{place} is no folder: give the one that `kvilt evaluate` wrote to.")
+    found: dict[str, list[Rows]] = {}
+    for file in sorted(place.glob("*.jsonl")):
+        header, records = read(file)
+        if records:
+            found.setdefault(f"{header['label']} (v{header['version']})", []).append(Rows(header, records))
+    if not found:
+        raise UserError(f"{place} holds no records (*.jsonl with at least one sample): run `kvilt evaluate` first.")
+    return {task: sorted(rows, key=_place) for task, rows in found.items()}
+
+
+def _place(rows: Rows) -> tuple[int, float, str]:
+    return _ORDER[rows.header["role"]], rows.mean("usage", "charged") or 0.0, str(rows.header["name"])
+
+
+def report(out_dir: str | Path, by: str | None = None) -> str:
+    """The Markdown report: a table for every task, with how it was made."""
+    tasks = load(out_dir)
+    if by is not None:
+        _check_key(by, [r for rows in tasks.values() for row in rows for r in row.records])
+    text = "\n\n".join(_section(task, rows, by) for task, rows in tasks.items()) + "\n"
+    (Path(out_dir) / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _check_key(by: str, records: Sequence[dict[str, Any]]) -> None:
+    known = {key for record in records for key in record["metadata"]}
+    if by not in known:
+        raise UserError(f"no sample tells its {by!r}. Known: {', '.join(sorted(known)) or 'nothing'}.")
+
+
+def _section(task: str, rows: Sequence[Rows], by: str | None) -> str:
+    full = next((r for r in rows if r.header["role"] == "full"), None)
+    metric = rows[0].headline
+    head = [column.format(metric=metric) for column in _COLUMNS]
+    parts = [f"## {task}", _table(head, [_cells(r, full) for r in rows])]
+    others = rows[0].header["metrics"][1:]
+    if others:
+        cells = [[r.header["name"], *(_scored(r.score(m)) for m in others)] for r in rows]
+        parts.append(_table(["strategy", *(f"{m} [95 %]" for m in others)], cells))
+    parts += [_split_table(rows, by)] if by and any(by in r["metadata"] for r in rows[0].records) else []
+    return "\n\n".join([*parts, _making(rows)])
+
+
+def _cells(rows: Rows, full: Rows | None) -> list[str]:
+    own = rows is not full
+    return [
+        rows.header["name"],
+        _scored(rows.score()),
+        _against(rows, full) if own and full is not None else "",
+        _number(_times(rows.mean("agreement"), 100), 1),
+        _number(_times(rows.mean("first_token"), 100), 1),
+        _number(rows.mean("kl"), 4),
+        _number(rows.mean("usage", "charged"), 3),
+        _number(_times(rows.median("usage", "ttft_s"), 1000), 1),
+        _number(_times(rows.median("usage", "bytes_loaded"), 1e-3), 0),
+        str(len(rows.records)),
+    ]
+
+
+def _against(rows: Rows, full: Rows) -> str:
+    """The difference to full recompute on the samples that both have."""
+    reference = {r["id"]: r for r in full.records}
+    both = [r for r in rows.records if r["id"] in reference and reference[r["id"]]["prompt"] == r["prompt"]]
+    if not both:
+        return ""
+    mine = Rows(rows.header, both).pairs(rows.headline)
+    theirs = Rows(full.header, [reference[r["id"]] for r in both]).pairs(rows.headline)
+    found = _percent(difference(mine, theirs, [r["group"] for r in both]))
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+
+def _split_table(rows: Sequence[Rows], by: str) -> str:
+    found = {str(r["metadata"][by]): r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}
+    values = sorted(found.values(), key=_sortable)
+    cells = []
+    for row in rows:
+        parts = [row.where(by, value) for value in values]
+        cells.append([row.header["name"], *(_scored(part.score()) if part.records else "" for part in parts)])
+    return _table([f"{rows[0].headline} by {by}", *map(str, values)], cells)
+
+
+def _sortable(value: object) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    return not number, float(value) if isinstance(value, int | float) else 0.0, str(value)
+
+
+def _making(rows: Sequence[Rows]) -> str:
+    header = rows[0].header
+    kept = {key: value for key, value in header["options"].items() if value is not None}
+    options = ", ".join(f"{key}={value}" for key, value in kept.items())
+    shuffled = "documents shuffled" if header["shuffle"] else "documents in the order of the data"
+    strategies = "\n".join(f"- {r.header['name']}: `{r.header['strategy']}`" for r in rows)
+    budget = f"greedy, at most {header['max_new_tokens']} tokens"
+    made = f"Model {header['model'][:16]}, kvilt {header['kvilt']}, seed {header['seed']}, {shuffled}, {budget}"
+    return f"{made}; {options}. Differences are paired; intervals are bootstrap.\n\n{strategies}"
+
+
+def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(found: Interval) -> Interval:
+    return Interval(*(100 * value for value in found))
+
+
+def _scored(found: Interval) -> str:
+    return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def plot(out_dir: str | Path) -> list[Path]:
+    """Quality over charged compute and over TTFT, one PNG a task. Raises MissingExtra without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("matplotlib", "plot") from None
+    paths = []
+    for task, rows in load(out_dir).items():
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)  # drawn in memory: no window, no global state
+        figure.suptitle(task)
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw(left, rows, [r.mean("usage", "charged") or 0.0 for r in rows], "charged compute (full recompute = 1)")
+        _draw(right, rows, [1000 * (r.median("usage", "ttft_s") or 0.0) for r in rows], "TTFT, median (ms)")
+        left.set_ylabel(f"{rows[0].headline} (%)")
+        right.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+        paths.append(Path(out_dir) / f"{slug(task)}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _draw(axes: Any, rows: Sequence[Rows], places: Sequence[float], label: str) -> None:
+    for row, x in zip(rows, places, strict=True):
+        value, low, high = row.score()
+        errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axes.errorbar([x], [value], yerr=errors, fmt="o", capsize=3, label=row.header["name"])
+    axes.set_xlabel(label)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)

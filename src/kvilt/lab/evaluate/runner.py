@@ -1,0 +1,221 @@
+"""Runs strategies over a task and writes per-sample records. For the command line:
+
+    run(engine, strategies, task_spec, out_dir, limit=None, seed=0, on_progress=None,
+        *, shuffle=False, first=False) -> list[Path]
+
+Full recompute (the reference of fidelity) and the no-document floor are always run. Each strategy has a file of its own
+in `out_dir`; a second call with the same settings goes on where the first one stopped, also after Ctrl-C.
+`kvilt.lab.evaluate.report.report(out_dir)` makes the table."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+import kvilt
+from kvilt import registry
+from kvilt.engine.engine import Engine
+from kvilt.errors import UserError
+from kvilt.lab.evaluate import fidelity, metrics
+from kvilt.lab.evaluate.records import RecordFile, slug
+from kvilt.lab.evaluate.tasks.base import Sample, Task
+from kvilt.types import Answer, Usage, digest_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: `done` of `total` samples × strategies, and what was done last."""
+
+    task: str
+    strategy: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One row of the table: an engine under a strategy, and its record file."""
+
+    role: str  # "full", "floor" or "strategy"
+    label: str
+    engine: Engine
+    records: RecordFile
+
+
+def run(
+    engine: Engine,
+    strategies: Sequence[Any],
+    task_spec: str | Task,
+    out_dir: str | Path,
+    limit: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+    *,
+    shuffle: bool = False,
+    first: bool = False,
+    compressions: Sequence[str] = (),
+) -> list[Path]:
+    """Answer `limit` samples (all if None) with every strategy; returns the record files.
+
+    The samples are a draw by `seed`, in which a smaller limit is a part of a larger one, or with `first` the first of
+    the data. `shuffle` puts each sample's documents in another order. Raises UserError naming the sample that fails."""
+    task = cast(Task, registry.build("task", task_spec)) if isinstance(task_spec, str) else task_spec
+    if shuffle and task.ORDERED:
+        raise UserError(f"the order of the documents is part of the task {task.NAME}: run it without shuffling.")
+    samples = choose(task, limit, seed, shuffle=shuffle, first=first)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lanes = []
+        for role, label, one in _rows(engine, strategies, compressions or [engine.compression]):
+            file = out / f"{slug(task.label)}--{slug(label)}.jsonl"
+            header = {**_header(role, label, one, task), "seed": seed, "shuffle": shuffle}
+            lanes.append(Lane(role, label, one, stack.enter_context(closing(RecordFile(file, header)))))
+        total, done = len(samples) * len(lanes), 0
+        for sample in samples:
+            for lane in _run_sample(sample, lanes, task):
+                done += 1
+                if on_progress is not None:
+                    on_progress(Progress(task.label, lane.label, done, total))
+    return [lane.records.path for lane in lanes]
+
+
+def choose(task: Task, limit: int | None, seed: int, *, shuffle: bool = False, first: bool = False) -> list[Sample]:
+    """The samples that a run answers, documents shuffled if asked for."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, not {limit}.")
+    samples = list(task.samples())
+    if not first:
+        samples.sort(key=lambda s: digest_of(str(seed), s.id))
+    chosen = samples[:limit]
+    twice = [name for name, count in Counter(s.id for s in chosen).items() if count > 1]
+    if twice:
+        raise UserError(f"{task.NAME}: more than one sample has the id {twice[0]!r}; make the ids of the data unique.")
+    return [_shuffled(s, seed) for s in chosen] if shuffle else chosen
+
+
+def _shuffled(sample: Sample, seed: int) -> Sample:
+    order = list(range(len(sample.documents)))
+    random.Random(f"{seed} {sample.id}").shuffle(order)
+    gold = [order.index(i) for i in sample.metadata.get("gold", [])]
+    documents = tuple(sample.documents[i] for i in order)
+    return replace(sample, documents=documents, metadata={**sample.metadata, "gold": gold})
+
+
+def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]) -> list[tuple[str, str, Engine]]:
+    """(role, label, engine) of full recompute, the floor, and every other strategy with every compression."""
+    full = engine.with_strategy("full", compress="")
+    chosen = {_row_key(full): ("full", "full", full), ("floor",): ("floor", "no documents", full)}
+    for strategy in strategies:
+        for compress in compressions:
+            label = strategy if isinstance(strategy, str) else repr(strategy)
+            other = engine.with_strategy(strategy, compress)
+            smaller = str(compress)
+            chosen.setdefault(_row_key(other), ("strategy", f"{label} + {smaller}" if smaller else label, other))
+    return list(chosen.values())
+
+
+def _row_key(engine: Engine) -> tuple[str, ...]:
+    return repr(engine.strategy), str(engine.compression)
+
+
+def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]:
+    options = {key: value for key, value in task.options.items() if key != "path"}
+    return {
+        "task": task.NAME,
+        "label": task.label,
+        "version": task.VERSION,
+        "options": options,
+        "path": task.options.get("path"),
+        "metrics": list(task.metrics),
+        "max_new_tokens": task.max_new_tokens,
+        "role": role,
+        "name": label,
+        "strategy": repr(engine.strategy),
+        "encoding": engine.encoder.encoding.digest,  # learned vectors included: a retrained wrapper is another one
+        "model": engine.info.digest,
+        "system": digest_of(str(engine.info.system))[:16],
+        "kvilt": getattr(kvilt, "__version__", "unknown"),
+        **({"compression": str(engine.compression)} if str(engine.compression) else {}),
+    }
+
+
+def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]:
+    """Answer one sample in every lane that lacks it; the first lane is full recompute, which the others are held to."""
+    prompt = digest_of(sample.question, *(part for d in sample.documents for part in (d.title or "", d.text)))[:16]
+    score = functools.cache(lambda: _score(lanes[0], sample, lanes[0].records.done[sample.id]["tokens"]))
+    for lane in lanes:
+        if not lane.records.finished(sample.id, prompt):
+            try:
+                answer = _answer(lane, sample, task, lanes[0])
+                close = _closeness(lane, sample, task, answer, lanes[0], score)
+            except UserError as error:
+                raise UserError(f"{task.NAME}, sample {sample.id}, {lane.label}: {error}") from error
+            lane.records.append({**_record(lane, sample, task, answer), "prompt": prompt, **close})
+        yield lane
+
+
+def _answer(lane: Lane, sample: Sample, task: Task, reference: Lane) -> Answer:
+    """The answer with every document at hand: what encoding costs is not part of a query."""
+    draft = reference.records.done[sample.id]["tokens"] if lane is not reference else ()
+    if lane.role == "floor":
+        answer = lane.engine.answer(
+            sample.question, [], max_new_tokens=task.max_new_tokens, allow_empty=True, draft=draft
+        )
+        return replace(answer, usage=_of_full(answer.usage, reference.records.done[sample.id], lane.engine))
+    if lane.role == "strategy" and lane.engine.strategy.encoding is not None:
+        lane.engine.encode(sample.documents)
+    return lane.engine.answer(sample.question, sample.documents, max_new_tokens=task.max_new_tokens, draft=draft)
+
+
+def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
+    """The floor's compute in units of full recompute with the documents, as for every other row."""
+    mine, whole = usage.computed_tokens, full["usage"]["computed_tokens"]
+    linear = engine.info.linear_cost
+    return replace(usage, charged=mine * (linear + (mine + 1) / 2) / (whole * (linear + (whole + 1) / 2)))
+
+
+def _score(lane: Lane, sample: Sample, tokens: Sequence[int]) -> Tensor:
+    """Full recompute's logits over its own answer, (tokens, vocab)."""
+    return lane.engine.score(sample.question, sample.documents, tokens)
+
+
+def _closeness(
+    lane: Lane, sample: Sample, task: Task, answer: Answer, reference: Lane, score: Callable[[], Tensor]
+) -> dict[str, Any]:
+    """Fidelity to full recompute on the same prompt."""
+    if lane is reference:
+        return {"agreement": True, "first_token": True, "kl": 0.0}
+    full = reference.records.done[sample.id]
+    divergence = None if answer.drafted is None else fidelity.divergence(score()[: len(answer.drafted)], answer.drafted)
+    return {
+        "agreement": fidelity.same_text(task.extract(full["text"]), task.extract(answer.text)),
+        "first_token": fidelity.same_first_token(full["tokens"], answer.tokens),
+        "kl": divergence,
+    }
+
+
+def _record(lane: Lane, sample: Sample, task: Task, answer: Answer) -> dict[str, Any]:
+    header = lane.records.header
+    return {
+        "id": sample.id,
+        "group": sample.group,
+        "task": f"{task.NAME} v{task.VERSION}",
+        "strategy": header["strategy"],
+        "model": header["model"],
+        "seed": header["seed"],
+        "text": answer.text,
+        "tokens": list(answer.tokens),
+        "answers": list(sample.answers),
+        "metrics": metrics.score(task.metrics, task.extract(answer.text), sample.answers),
+        "usage": asdict(answer.usage),
+        "metadata": {**sample.metadata, "needed": len(sample.metadata.get("gold", []))},
+    }

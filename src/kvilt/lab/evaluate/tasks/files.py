@@ -1,0 +1,132 @@
+"""Rows from a local file (.jsonl, .json, .txt, each also .gz), a folder, or the hub through `datasets`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvilt.errors import DocumentError, MissingExtra, UserError
+from kvilt.lab.evaluate.tasks.base import split_of
+
+_JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of a file and where it stands, for messages."""
+
+    where: str
+    number: int
+    data: dict[str, Any]
+
+    def name(self, task: str) -> str:
+        """The sample's id, or a name made of its place where the data gives none."""
+        return str(self.data.get("_id") or self.data.get("id") or f"{task}-{self.number}")
+
+
+def rows(path: str, aliases: Sequence[str], split: str) -> Iterator[Row]:
+    """The rows of `path` that belong to `split`; a folder is searched for a file named after an alias and the split."""
+    file = find(path, aliases, split, _JSON)
+    others: set[str] = set()
+    count = 0
+    for row in _objects(file):
+        name = row.data.get("split")
+        if isinstance(name, str) and split_of(name) not in (None, split):
+            others.add(name)
+            continue
+        count += 1
+        yield row
+    if not count and others:
+        raise UserError(f"{file} holds the split {', '.join(sorted(others))}, not {split}: set split=… or path=….")
+    if not count:
+        raise UserError(f"{file} is empty: expected one JSON object for each sample.")
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
+    """The rows of a dataset on the Hugging Face hub."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtra("datasets", "data") from None
+    try:
+        data = datasets.load_dataset(name, config, split="validation" if split == "dev" else split)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load {name} ({split}) from the hub: {error}. Give a local copy with path=…."
+        ) from error
+    for number, row in enumerate(data, 1):
+        yield Row(f"{name} ({split}), row {number}", number, dict(row))
+
+
+def find(path: str, aliases: Sequence[str], split: str, suffixes: Sequence[str]) -> Path:
+    """The file that `path` means for a split; raises UserError when there is none, or more than one."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"{place} does not exist. Give the data with path=FILE or path=FOLDER.")
+    if place.is_file():
+        if split_in_name(place) not in (None, split):
+            raise UserError(
+                f"{place} is named for the split {split_in_name(place)}, not {split}: set split=… or path=…."
+            )
+        return place
+    files = sorted(f for f in place.iterdir() if f.name.lower().endswith(tuple(suffixes)))
+    named = [f for f in files if any(f.name.lower().startswith(alias) for alias in aliases)]
+    exact = [f for f in named if split_in_name(f) == split]
+    found = exact or [f for f in named if split_in_name(f) is None]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f.name for f in (found or files)[:8]) or "none"
+    many = "more than one file" if found else "no file"
+    wanted = " or ".join(f"{alias}…" for alias in aliases)
+    raise UserError(f"{place} has {many} for {wanted}, split {split} (candidates: {listed}): name one with path=FILE.")
+
+
+def split_in_name(file: Path) -> str | None:
+    """The split that a file name mentions ("hotpot_dev_distractor_v1.json": dev)."""
+    words = re.split(r"[^a-z]+", file.name.lower())
+    return next((found for word in words if (found := split_of(word))), None)
+
+
+def lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a text file, gzip-compressed or not, blank ones included."""
+    number = 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, line
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DocumentError(f"{file} cannot be read after line {number}: {error}. Fetch it again.") from error
+
+
+def _objects(file: Path) -> Iterator[Row]:
+    if ".jsonl" in file.name.lower():
+        for number, line in lines(file):
+            if line.strip():
+                yield _row(_parse(line, f"{file}, line {number}"), f"{file}, line {number}", number)
+        return
+    whole = _parse("".join(line for _, line in lines(file)), str(file))
+    items = whole.get("data", whole.get("Data")) if isinstance(whole, dict) else whole
+    if not isinstance(items, list):
+        raise DocumentError(f'{file}: expected a list of samples, or an object with a list under "data".')
+    for number, item in enumerate(items, 1):
+        yield _row(item, f"{file}, item {number}", number)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = " A file with one object a line must be named .jsonl." if error.msg == "Extra data" else ""
+        raise DocumentError(f"{where}: not valid JSON ({error.msg}, line {error.lineno}).{hint}") from error
+
+
+def _row(item: Any, where: str, number: int) -> Row:
+    if not isinstance(item, dict):
+        raise DocumentError(f"{where}: expected an object with named fields, found {type(item).__name__}.")
+    return Row(where, number, item)
