@@ -18,6 +18,9 @@ A message says what, where, and what to do about it.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class KviltError(Exception):
     """Base of all errors Kvilt raises on purpose."""
@@ -73,3 +76,9 @@ class DamagedCache(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be read or written."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest one of those that are known, or nothing."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

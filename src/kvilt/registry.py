@@ -1,16 +1,21 @@
-"""One lazy table: name -> "module:Class", and the spec strings that name and configure them: "kvlink:links=5"."""
+"""One lazy table: name -> "module:Class", and the specifications that name and configure them: "kvlink:links=5".
+
+A specification is a name, or name:option=value,option=value. A value that holds a comma or a | stands in single or double
+quotation marks, and a quotation mark inside is written twice: disk:path='/data/a,b'. All other characters, brackets too,
+stand for themselves. Stores behind one another are joined by |: tiered:memory:budget=2GB|disk:path=caches."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import importlib
 import inspect
 import re
 import typing
 from importlib.metadata import entry_points
+from typing import Any
 
-from kvilt.errors import SpecError
+from kvilt.errors import SpecError, did_you_mean
 
 TABLE: dict[str, dict[str, str]] = {
     "strategy": {
@@ -66,26 +71,26 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
-
 BASES = {"strategy": "kvilt.strategies.base:Strategy", "store": "kvilt.stores.base:CacheStore"}
+QUOTED = r"""'(?:[^']|'')*'|"(?:[^"]|"")*\""""
 
 
 def names(kind: str) -> dict[str, str]:
     """Every name of a kind with its "module:Class", third-party entry points (group "kvilt.<kind>") included."""
-    found = {e.name: e.value for e in entry_points(group=f"kvilt.{kind}")}
-    return {**found, **TABLE[kind]}
+    others = {e.name: e.value for e in entry_points(group=f"kvilt.{kind}")}
+    return {**TABLE[kind], **others, **TABLE[kind]}
 
 
 def load(kind: str, name: str) -> type:
     """The class behind a name."""
-    table = names(kind)
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+    path = TABLE[kind].get(name) or names(kind).get(name)  # entry points are looked up on the disk: only where needed
+    if path is None:
+        table = names(kind)
+        hint = did_you_mean(name, table)
         raise SpecError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(table))}.")
-    cls = _imported(table[name])
+    cls = _imported(path)
     if kind in BASES and not issubclass(cls, _imported(BASES[kind])):
-        raise SpecError(f"{kind} {name!r} ({table[name]}) is not a {BASES[kind].partition(':')[2]}.")
+        raise SpecError(f"{kind} {name!r} ({path}) is not a {BASES[kind].partition(':')[2]}.")
     return cls
 
 
@@ -97,36 +102,66 @@ def _imported(path: str) -> type:
         raise SpecError(f"{path} cannot be imported: {error}.") from error
 
 
+def split(text: str, separator: str) -> list[str]:
+    """Cut a text at every separator (one character) that stands in no quoted value."""
+    marks = re.finditer(rf"=\s*(?:{QUOTED})|{re.escape(separator)}", text)
+    cuts = [mark.start() for mark in marks if mark[0] == separator]
+    return [text[a:b] for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)], strict=True)]
+
+
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """Split "name:key=value,key=[a value, with commas]"."""
-    name, _, rest = spec.partition(":")
+    """The name and the options of a specification, or of a repr: "Epic(tokens=16, sink='none')"."""
+    if written := re.fullmatch(r"\s*([A-Za-z]\w*)\((.*)\)\s*", spec, re.DOTALL):
+        classes = {path.partition(":")[2]: name for table in TABLE.values() for name, path in table.items()}
+        name, rest = classes.get(written[1], written[1]), written[2]
+    else:
+        name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
-    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):
-        key, eq, value = pair.partition("=")
-        if not eq or not key.strip():
-            raise SpecError(f"bad option {pair!r} in {spec!r}: write name:key=value,key=value.")
-        if key.strip() in options:
-            raise SpecError(f"option {key.strip()!r} stands twice in {spec!r}.")
-        options[key.strip()] = value.strip()
+    for pair in filter(str.strip, split(rest, ",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            raise SpecError(
+                f"bad option {pair!r} in {spec!r}: write name:key=value,key=value, and a value with commas in quotes."
+            )
+        if key in options:
+            raise SpecError(f"option {key!r} stands twice in {spec!r}.")
+        options[key] = _unquoted(value, spec)
     return name.strip(), options
 
 
+def _unquoted(value: str, spec: str) -> str:
+    if value[:1] not in ("'", '"'):
+        return value
+    if not re.fullmatch(QUOTED, value, re.DOTALL):
+        raise SpecError(f"the quotation mark of {value!r} in {spec!r} is not closed at the value's end.")
+    return value[1:-1].replace(value[0] * 2, value[0])
+
+
 def build(kind: str, spec: str) -> object:
-    """Make the object that a spec string describes."""
+    """Make the object that a specification describes."""
+    head, *others = split(spec, "|")
+    if others:  # stores behind one another: the parts are specifications of the same kind
+        name, _, first = head.partition(":")
+        return _made(kind, spec, load(kind, name.strip()), *(build(kind, part) for part in (first, *others)))
     name, options = parse(spec)
     cls = load(kind, name)
     known = parameters(cls)
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, known)
             raise SpecError(f"{kind} {name!r} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}.")
+    values = {key: _converted(value, known[key], f"{name}:{key}") for key, value in options.items()}
+    return _made(kind, spec, cls, **values)
+
+
+def _made(kind: str, spec: str, cls: type, *parts: object, **options: object) -> object:
     try:
-        return cls(**{key: _convert(value, known[key], f"{name}:{key}") for key, value in options.items()})
-    except TypeError as error:
+        return cls(*parts, **options)
+    except (TypeError, ValueError, OverflowError) as error:
         raise SpecError(f"cannot build {kind} {spec!r}: {error}.") from error
 
 
+@functools.cache
 def parameters(cls: type) -> dict[str, object]:
     """Options of a class and their types; dataclass fields kept out of the repr are not options."""
     hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
@@ -136,8 +171,30 @@ def parameters(cls: type) -> dict[str, object]:
     }
 
 
-def _convert(value: str, hint: object, where: str) -> object:
+def spec_of(made: object) -> str:
+    """The specification that builds an object like this one: "epic:sink=none,tokens=16"."""
+    cls: Any = type(made)
+    options = {key: getattr(made, key, None) for key in parameters(cls)}
+    written = ",".join(f"{key}={_quoted(value)}" for key, value in options.items() if value not in (None, ""))
+    return f"{_name_of(cls)}:{written}" if written else _name_of(cls)
+
+
+@functools.cache
+def _name_of(cls: type) -> str:
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for kind in TABLE for name, known in names(kind).items() if known == path), cls.__qualname__)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    plain = text == text.strip() and not set(text) & set(",|+") and text[:1] not in ("'", '"')
+    return text if plain else "'" + text.replace("'", "''") + "'"
+
+
+def _converted(value: str, hint: object, where: str) -> object:
     options = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    if value == "None" and type(None) in typing.get_args(hint):
+        return None
     if bool in options and value.lower() in ("true", "false", "yes", "no", "1", "0"):
         return value.lower() in ("true", "yes", "1")
     for kind in (int, float):
@@ -148,4 +205,4 @@ def _convert(value: str, hint: object, where: str) -> object:
                 continue
     if str in options or not {int, float, bool} & set(options):
         return value
-    raise SpecError(f"option {where} wants {hint}, not {value!r}.")
+    raise SpecError(f"option {where} wants {getattr(hint, '__name__', hint)}, not {value!r}.")

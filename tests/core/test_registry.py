@@ -15,6 +15,13 @@ from kvilt.errors import SpecError
 from kvilt.strategies.base import Strategy
 
 
+class Folder:
+    """Something with a path, as a store has, or with others behind it."""
+
+    def __init__(self, *parts: object, path: str = "", note: str | None = None) -> None:
+        self.parts, self.path, self.note = parts, path, note
+
+
 @dataclass(frozen=True)
 class Outside(Strategy):
     """A strategy of somebody else's package."""
@@ -131,6 +138,67 @@ def test_hidden_fields_are_no_options() -> None:
     """Danger: what `bind` fills can be set to a string from the command line."""
     assert list(registry.parameters(registry.load("strategy", "kvlink"))) == ["links"]
     assert set(registry.parameters(registry.load("strategy", "linked_packet"))) == {"wrapper", "layout"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ("task:path=/a b/c", "/a b/c"),
+        ("task:path='/a,b'", "/a,b"),
+        ('task:path="/a,b"', "/a,b"),
+        ("task:path='it''s, here'", "it's, here"),
+        ("task:path=/o'brien", "/o'brien"),
+        ("task:path=[x]", "[x]"),
+        ("task: path = ' padded ' ", " padded "),
+        ("task:path='a|b,note=1'", "a|b,note=1"),
+        ("task:path=redis://u:p@host:1/0?a=b", "redis://u:p@host:1/0?a=b"),
+        ("task:path=''", ""),
+        ("Folder(path='/a,b', note=None)", "/a,b"),
+    ],
+)
+def test_one_rule_quotes_values(monkeypatch: pytest.MonkeyPatch, spec: str, path: str) -> None:
+    """Danger: a folder whose name holds a comma or a bracket cannot be named, or another folder is used."""
+    monkeypatch.setitem(registry.TABLE["task"], "task", f"{__name__}:Folder")
+    built: Any = registry.build("task", spec)
+    assert (built.path, built.note) == (path, None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("task:path=[x, y]", "bad option ' y]'.*in quotes"),
+        ("task:path=/a,b", "bad option 'b'"),
+        ("task:path='/a,b", "bad option 'b'|not closed"),
+        ("task:path='a", "not closed"),
+        ("task:path='a'b", "not closed at the value's end"),
+        ("task:path='", "not closed"),
+    ],
+)
+def test_what_is_quoted_badly_is_refused(monkeypatch: pytest.MonkeyPatch, spec: str, message: str) -> None:
+    """Danger: half of a path is taken for the path."""
+    monkeypatch.setitem(registry.TABLE["task"], "task", f"{__name__}:Folder")
+    with pytest.raises(SpecError, match=message):
+        registry.build("task", spec)
+
+
+def test_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: the options of one tier are read as those of another."""
+    monkeypatch.setitem(registry.TABLE["task"], "task", f"{__name__}:Folder")
+    built: Any = registry.build("task", "task:task:path='a|,b',note=1|task:path=c")
+    assert [(part.path, part.note) for part in built.parts] == [("a|,b", "1"), ("c", None)]
+
+
+def test_a_repr_and_a_spec_build_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: what a table or an answer prints cannot be typed."""
+    offer(monkeypatch, outside=f"{__name__}:Outside")
+    for made in (Outside(), Outside(size=7, share=1e-9, label="a,b'|c", on=True, limit=9, budget=17)):
+        assert registry.build("strategy", registry.spec_of(made)) == made
+    for spec in ("block", "naive", "epic:tokens=3,sink=2", "kvlink:links=0", "cacheblend:ratio=0.2"):
+        made = registry.build("strategy", spec)
+        assert registry.build("strategy", repr(made)) == made == registry.build("strategy", registry.spec_of(made))
+        assert registry.spec_of(made).startswith(spec.partition(":")[0])
+    assert registry.spec_of(registry.build("strategy", "block")) == "block:sink=none"
+    assert registry.spec_of(registry.build("strategy", "kv_packet")) == "kv_packet"
 
 
 def test_the_table_imports_nothing_until_it_is_asked() -> None:

@@ -1,1 +1,1 @@
-"""What a document cache is made of: rows, codecs, and the file format over bytes."""
+"""What a document cache is made of: rows, codecs, and the file format over bytes; files.py reads and writes files whole."""
