@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvilt.errors import KviltError, StoreError, UserError
     from kvilt.model.model import Model
     from kvilt.plan import Layout, Plan, Segment
-    from kvilt.stores.base import CacheStore
+    from kvilt.stores.store import Store
     from kvilt.strategies.base import Strategy
     from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
 
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "types",
-    "CacheStore": "stores.base",
+    "Store": "stores.store",
     "Document": "types",
     "DocumentCache": "types",
     "EncodeReport": "engine.encoder",
@@ -39,7 +39,6 @@ _HOME = {
 
 __all__ = [
     "Answer",
-    "CacheStore",
     "Document",
     "DocumentCache",
     "EncodeReport",
@@ -51,6 +50,7 @@ __all__ = [
     "Plan",
     "Prompt",
     "Segment",
+    "Store",
     "StoreError",
     "Strategy",
     "Usage",

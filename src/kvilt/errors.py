@@ -11,6 +11,7 @@ KviltError
 │   └── MissingExtra        an optional package is not installed
 └── StoreError              a cache store failed
     ├── DamagedCache        a stored document is truncated, altered or foreign
+    ├── OtherVersion        a stored document of another format version: not damaged, not served
     └── StoreUnavailable    the store cannot be read or written (full, read-only, gone)
 
 A message says what, where, and what to do about it.
@@ -72,6 +73,13 @@ class DamagedCache(StoreError):
         super().__init__(f"stored document {key[:16]} is damaged: {reason}")
         self.key = key
         self.reason = reason
+
+
+class OtherVersion(StoreError):
+    """A stored document of another format version: a miss, and never touched."""
+
+    def __init__(self, key: str, version: str, known: str) -> None:
+        super().__init__(f"stored document {key[:16]} has format version {version}, this Kvilt reads {known}")
 
 
 class StoreUnavailable(StoreError):

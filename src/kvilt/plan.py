@@ -64,24 +64,6 @@ class ContextScaling:
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
-    """A plan's lowest layers as a look left them, for the plan's computed rows."""
-
-    states: Tensor  # (computed, hidden): what goes into the next layer
-    rows: Tensor  # (layers, 2, heads, computed, head_dim): keys at the rows' positions, and values
-    positions: Tensor  # (computed,)
-    share: float  # of the model's layers
-
-    def at(self, positions: Tensor) -> Begun | None:
-        """The same for fewer rows, given by their positions; None where one of them is not there, or not in this order."""
-        index = torch.isin(self.positions, positions).nonzero()[:, 0]
-        if not torch.equal(self.positions[index], positions):
-            return None
-        at = index.to(self.states.device)
-        return Begun(self.states[at], self.rows[:, :, :, at], positions, self.share)
-
-
-@dataclass(frozen=True, eq=False)
 class Dense:
     """A plan as one ordinary forward pass: the definition of right, and what trainers train under."""
 
@@ -111,7 +93,6 @@ class Plan:
     context: ContextScaling | None = None  # of the reused rows of segments named "document"
     note: str = ""  # why this plan, for the usage
     blend: float = 1.0
-    begun: Begun | None = None  # the lowest layers' part of the pass, where a look has left it
 
     @property
     def end(self) -> int:
@@ -148,11 +129,6 @@ class Plan:
         """The places of a segment whose stored rows the pass needs, (length,) bool."""
         return segment.stored if self.blend < 1 else segment.reused
 
-    @property
-    def left(self) -> float:
-        """The share of the layers that the pass still has to run."""
-        return 1 - (self.begun.share if self.begun else 0.0)
-
     @functools.cached_property
     def blended(self) -> Tensor | None:
         """Computed tokens whose fresh rows are mixed with their stored ones, (computed,) bool; None: `blend` is 1."""
@@ -181,21 +157,15 @@ class Plan:
         return self.positions[None] <= self.positions[self.computed_rows][:, None]
 
     def charged(self, linear: float = math.inf) -> float:
-        """Compute in units of full recompute, probes included.
+        """Compute in units of full recompute, probe passes and the encoding of misses included.
 
         `linear` is the cost of a token's matrices in units of attending to one key (`ModelInfo.linear_cost`);
-        infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline), less the
-        layers begun with."""
+        infinity counts tokens alone. charged = overhead + sum(linear + keys seen) / sum(linear + i, i = 1..baseline)."""
         if math.isinf(linear):
-            return self.overhead + self.left * len(self.computed_rows) / self.baseline
-        full = self.baseline * linear + self.baseline * (self.baseline + 1) / 2
-        return self.overhead + self.work(linear) / full
-
-    def work(self, linear: float) -> float:
-        """Compute of the pass in units of attending to one key: sum(linear + keys seen) over its tokens, in the layers left."""
+            return self.overhead + len(self.computed_rows) / self.baseline
         at = self.positions[self.computed_rows]
         seen = torch.searchsorted(self.positions.sort().values, at, right=True).sum()
-        return self.left * (len(at) * linear + float(seen))
+        return self.overhead + (len(at) * linear + float(seen)) / prefill_cost(self.baseline, linear)
 
     def dense(self) -> Dense:
         """The plan as one pass: each reused document once as it was encoded, plus every computed token."""
@@ -215,6 +185,11 @@ class Plan:
     def dense_mask(self) -> Tensor:
         """The mask of `dense()`, (rows, rows) bool; every row sees itself."""
         return self.dense().mask
+
+
+def prefill_cost(tokens: int, linear: float) -> float:
+    """Compute of an ordinary pass over so many tokens, in units of attending to one key."""
+    return tokens * linear + tokens * (tokens + 1) / 2
 
 
 def encoding_mask(chunks: Tensor) -> Tensor:
@@ -252,7 +227,7 @@ class Layout:
         self, cache: DocumentCache, fresh: Tensor | None = None, at: int | None = None, name: str = "document"
     ) -> Layout:
         """Place a document's cache at `at` (default: after what is there); `fresh` marks places to compute instead."""
-        usable = cache if cache.layers is not None else None
+        usable = cache if cache.rows is not None else None
         start = self.at if at is None else at
         return self._add(Segment(cache.placed_tokens, start, usable, fresh if usable else None, name))
 
@@ -271,4 +246,7 @@ class Layout:
 
     def plan(self, learned: Tensor | None = None, overhead: float = 0.0, context: ContextScaling | None = None) -> Plan:
         """The finished plan."""
-        return Plan(tuple(self.segments), self.prompt.size, learned, overhead, context)
+        prompt = self.prompt
+        documents = sum(len(d.own_tokens) for d in prompt.documents)
+        baseline = prompt.system.length + documents + len(prompt.question) + prompt.saved
+        return Plan(tuple(self.segments), baseline, learned, overhead, context)

@@ -39,9 +39,9 @@ TABLE: dict[str, dict[str, str]] = {
         "random": "kvilt.strategies.random:RandomRecompute",
     },
     "store": {
-        "memory": "kvilt.stores.memory:MemoryStore",
-        "disk": "kvilt.stores.disk:DiskStore",
-        "tiered": "kvilt.stores.tiered:TieredStore",
+        "memory": "kvilt.stores.store:Store",
+        "disk": "kvilt.stores.store:Store",
+        "tiered": "kvilt.stores.store:Store",
     },
     "compress": {
         "llmlingua2": "kvilt.compress.text:LLMLingua2",
@@ -71,7 +71,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
-BASES = {"strategy": "kvilt.strategies.base:Strategy", "store": "kvilt.stores.base:CacheStore"}
+BASES = {"strategy": "kvilt.strategies.base:Strategy", "store": "kvilt.stores.store:Store"}
 QUOTED = r"""'(?:[^']|'')*'|"(?:[^"]|"")*\""""
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 from blake3 import blake3
 from torch import Tensor
-
-Which = Literal["keys", "values"]
 
 
 def digest_of(*parts: bytes | str | Tensor) -> str:
@@ -90,10 +88,11 @@ class CacheKey:
     model: str  # digest of the weights, adapters included
     tokenizer: str
     rope: str
-    dtype: str
+    dtype: str  # of the stored rows, whatever the computation's is
     encoding: str
     compression: str
     tokens: str  # digest of the document's token ids
+    namespace: str = "shared"  # a salt: what one namespace stores, no other finds
 
     @functools.cached_property
     def digest(self) -> str:
@@ -101,8 +100,8 @@ class CacheKey:
         return digest_of(json.dumps(asdict(self), sort_keys=True))
 
 
-class Layers(Protocol):
-    """Keys and values of one document, layer by layer, wherever they lie."""
+class Rows(Protocol):
+    """Keys and values of one document, layer by layer, wherever they lie. Keys carry no rotation."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -110,101 +109,43 @@ class Layers(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that `fetch` returns."""
+        """The dtype in which `read` loses nothing."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows as they are stored."""
 
-    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
-        """The (heads, rows, head_dim) rows of one layer, written into `out` if given.
+    def read(self, layers: slice, out: Tensor) -> None:
+        """Write some layers' keys and values into `out` (layers, 2, heads, rows, head_dim), keys first.
 
-        Without `out` the result may be shared storage or a buffer that the next call overwrites: read it, do not keep it.
-        Raises DamagedCache if what is stored is not what was written."""
-
-
-@dataclass(frozen=True, eq=False)
-class TensorLayers:
-    """Keys and values held in memory."""
-
-    keys: tuple[Tensor, ...]  # per layer (heads, rows, head_dim)
-    values: tuple[Tensor, ...]
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        heads, rows, dim = self.keys[0].shape
-        return len(self.keys), heads, rows, dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.keys[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows."""
-        return sum(rows.nbytes for rows in (*self.keys, *self.values))
-
-    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
-        rows = (self.keys if which == "keys" else self.values)[layer]
-        return rows if out is None else out.copy_(rows)
-
-
-@dataclass(frozen=True, eq=False)
-class SelectedLayers:
-    """Some rows of a document's keys and values."""
-
-    layers: Layers
-    rows: Tensor  # (rows,) int64
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        count, heads, _, dim = self.layers.shape
-        return count, heads, len(self.rows), dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layers.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows, as stored."""
-        return self.layers.nbytes * len(self.rows) // max(1, self.layers.shape[2])
-
-    def fetch(self, layer: int, which: Which, out: Tensor | None = None) -> Tensor:
-        found = self.layers.fetch(layer, which)[:, self.rows]
-        return found if out is None else out.copy_(found)
+        `out` may have any dtype, device and strides. Raises DamagedCache if what is stored is not what was written."""
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentCache:
-    """Keys and values of one document, keys rotated as if the document began at position 0.
+    """Keys and values of one document, encoded alone.
 
     `tokens` holds every token that was run; the first `dropped` of them stood before the document and left no rows.
     `offsets` names the place of each kept row, so pruned caches need no special case anywhere.
     `chunks`, where the document was encoded in chunks, holds for each run token the number of its chunk, counted from 1:
     negative for an anchor, 0 for what stood around the document. A token saw its own chunk and what is not positive.
-    `layers` is None when the document was tokenised only (full recompute, `store=False`).
+    `rows` is None when the document was tokenised only (full recompute, `store=False`).
     """
 
     tokens: Tensor  # (run,) int64
     offsets: Tensor  # (rows,) int64, ascending
     length: int  # positions the document takes in a prompt
     key: CacheKey
-    layers: Layers | None = None
+    rows: Rows | None = None
     dropped: int = 0
     chunks: Tensor | None = None  # (run,) int64
 
-    @property
+    @functools.cached_property
     def placed_tokens(self) -> Tensor:
         """The token at each place of the document, (length,)."""
         return self.tokens[self.dropped : self.dropped + self.length]
 
-    def select(self, rows: Tensor) -> DocumentCache:
-        """The cache with some of its rows alone, (rows,) int64 ascending; the others' places are left empty."""
-        layers = None if self.layers is None else SelectedLayers(self.layers, rows)
-        return replace(self, offsets=self.offsets[rows], layers=layers)
-
-    @property
+    @functools.cached_property
     def own_tokens(self) -> Tensor:
         """The document's tokens as the ordinary prompt has them, without learned vectors and anchors, (tokens,)."""
         own = self.placed_tokens >= 0
@@ -213,9 +154,14 @@ class DocumentCache:
         return self.placed_tokens[own]
 
     @property
+    def is_lossless(self) -> bool:
+        """Whether the rows are all that encoding gave: none left out, none quantised."""
+        return not self.key.compression and len(self.offsets) == self.length
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the key and value rows as they are stored."""
-        return 0 if self.layers is None else self.layers.nbytes
+        return 0 if self.rows is None else self.rows.nbytes
 
 
 @dataclass(frozen=True)
@@ -245,12 +191,6 @@ class Prompt:
     names: tuple[str, ...] = ()  # document ids, for strategies with named slots
     saved: int = 0  # tokens left out of the documents' texts, which full recompute would compute
 
-    @property
-    def size(self) -> int:
-        """Tokens of the ordinary prompt: what full recompute would compute."""
-        documents = sum(len(d.own_tokens) for d in self.documents)
-        return self.system.length + documents + len(self.question) + self.saved
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -278,7 +218,6 @@ class Answer:
     usage: Usage
     strategy: str
     logits: Tensor | None = None  # (vocab,) of the first token, float32
-    drafted: Tensor | None = None  # (draft, vocab) float32: row i predicts token i of the draft that was given
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for `--json` and HTTP."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from cli_kit import data, run, write_documents
+from kvilt.stores.memory import MemoryStore
 from safetensors.torch import load_file
 
 from kvilt.engine.documents import read_documents
 from kvilt.engine.engine import Engine
-from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.wrapper import Wrapper
 
 QUESTION = "what stands in the harbour?"

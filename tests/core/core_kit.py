@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from kvilt.stores.base import CacheStore
+from kvilt.stores.memory import MemoryStore
 from torch import Tensor
 
 import zoo
@@ -15,8 +17,6 @@ from kvilt.engine.text import TextFormat
 from kvilt.model.model import Model
 from kvilt.plan import Layout, Plan
 from kvilt.registry import build
-from kvilt.stores.base import CacheStore
-from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, Prompt, TensorLayers, digest_of
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, ids, layout, off, wrapper_file
+from kvilt.model.pace import Pace
+from kvilt.stores.memory import MemoryStore
 from torch import Tensor
 
 import zoo
@@ -19,9 +21,7 @@ from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.model import pace
 from kvilt.model.model import Model
-from kvilt.model.pace import Pace
 from kvilt.plan import Plan
-from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.auto import Auto
 from kvilt.strategies.block import BlockAttention
 from kvilt.strategies.epic import Epic

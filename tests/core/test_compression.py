@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from core_kit import DOCUMENTS, QUESTION, engine_of, off, wrapper_file
+from kvilt.stores.disk import DiskStore
 from test_gates import MATRIX
 
 import zoo
@@ -15,7 +16,6 @@ from kvilt.compress.base import Compression
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.model.model import Model
-from kvilt.stores.disk import DiskStore
 from kvilt.types import Answer, Document
 
 SMALLER = ["int8", "keydiff:keep=0.5", "kvzip:keep=0.7+int4", "random:keep=0.6+fp8"]

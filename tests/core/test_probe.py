@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kvilt.model.begun import decoder_layers, entering
 
 import zoo
 from kvilt.model import attention
-from kvilt.model.begun import decoder_layers, entering
 from kvilt.model.model import Model
 from kvilt.model.probe import CHUNK, ModelProbe, received
 from kvilt.plan import Layout, Plan

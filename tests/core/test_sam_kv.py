@@ -22,12 +22,12 @@ from core_kit import (
     prompt,
     pruned,
 )
+from kvilt.model.placed import PlacedCache
 from torch import Tensor
 
 import zoo
 from kvilt.errors import SpecError
 from kvilt.model.model import Model
-from kvilt.model.placed import PlacedCache
 from kvilt.model.probe import ModelProbe
 from kvilt.plan import Layout, Plan
 from kvilt.strategies.sam_kv import SamKV, best_blocks, inner, keep_share, means, personal

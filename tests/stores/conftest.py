@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from store_kit import KINDS, POLICIES, make_store
-
 from kvilt.stores.base import CacheStore
+from store_kit import KINDS, POLICIES, make_store
 
 Maker = Callable[..., CacheStore]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
 from kvilt.stores.base import CacheStore
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore
 from kvilt.stores.tiered import TieredStore
+
 from kvilt.types import CacheKey, DocumentCache, TensorLayers, digest_of
 
 POLICIES = ("lru", "lfu", "greedy-dual")

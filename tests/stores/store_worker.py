@@ -14,9 +14,8 @@ import sys
 import time
 
 import torch
-from store_kit import make_cache, make_key, same
-
 from kvilt.stores.disk import DiskStore
+from store_kit import make_cache, make_key, same
 
 
 def fill(path: str, first: str, last: str, shuffle: str) -> None:

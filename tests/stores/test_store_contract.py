@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvilt.stores.base import CacheStore
 from store_kit import last_tier, make_cache, make_key, make_store, rows_of, same, unit
 
 from kvilt.errors import SpecError
-from kvilt.stores.base import CacheStore
 
 Maker = Callable[..., CacheStore]
 pytestmark = pytest.mark.usefixtures("no_sync")

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kvilt.stores.disk import DiskStore, default_path
+from kvilt.stores.memory import MemoryStore
+from kvilt.stores.tiered import TieredStore
 from store_kit import make_cache, make_key, same
 
 from kvilt.errors import StoreUnavailable
 from kvilt.stores import format as store_format
-from kvilt.stores.disk import DiskStore, default_path
-from kvilt.stores.memory import MemoryStore
-from kvilt.stores.tiered import TieredStore
 
 
 @pytest.fixture

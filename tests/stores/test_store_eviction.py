@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kvilt.stores.base import CacheStore
 from store_kit import last_tier, make_cache, make_key, unit
 
 from kvilt.errors import StoreUnavailable
-from kvilt.stores.base import CacheStore
 
 Maker = Callable[..., CacheStore]
 pytestmark = pytest.mark.usefixtures("no_sync")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvilt.rows.format import file_size, open_file, read_header, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from store_kit import make_cache, make_key, same
 
 from kvilt.errors import DamagedCache
-from kvilt.rows.format import file_size, open_file, read_header, write_file
 from kvilt.stores import format as store_format
 from kvilt.types import CacheKey
 

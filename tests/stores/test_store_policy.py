@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from kvilt.stores.memory import MemoryStore
+from kvilt.stores.tiered import TieredStore
 from store_kit import make_cache, make_key
 
 from kvilt.errors import SpecError, StoreUnavailable
 from kvilt.registry import build
-from kvilt.stores.memory import MemoryStore
 from kvilt.stores.policy import Limits, Standing, make_policy
 from kvilt.stores.sizes import parse_size, show_size
-from kvilt.stores.tiered import TieredStore
 
 
 def test_scores_by_hand() -> None:

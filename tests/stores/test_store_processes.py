@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from kvilt.stores.disk import DiskStore
+from kvilt.stores.process import Owner
 from store_kit import make_cache, make_key, same
 
 from kvilt.stores import index as store_index
-from kvilt.stores.disk import DiskStore
-from kvilt.stores.process import Owner
 
 WORKER = Path(__file__).with_name("store_worker.py")
 SOURCE = Path(__file__).parents[2] / "src"

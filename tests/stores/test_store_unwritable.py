@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kvilt.stores.disk import DiskStore
 from store_kit import make_cache, make_key, same
 
 from kvilt.errors import StoreUnavailable
-from kvilt.stores.disk import DiskStore
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from kvilt.engine.encoder import Item
 from kvilt.engine.engine import Engine
 from kvilt.errors import DamagedCache, StoreUnavailable
-from kvilt.rows.format import read_header
-from kvilt.stores.base import CacheStore, Entry
-from kvilt.stores.disk import DiskStore
-from kvilt.stores.folder import Folder
+from kvilt.rows.header import read_header
+from kvilt.stores.store import Entry
+from kvilt.stores.store import Store as CacheStore
+from kvilt.stores.store import Store as DiskStore
 from kvilt.stores.tiered import TieredStore
 from kvilt.types import Document, DocumentCache, Encoding
 
@@ -87,6 +87,8 @@ def examine_store(store: CacheStore) -> list[Finding]:
 
 
 def _disk(store: DiskStore) -> list[Finding]:
+    from kvilt.stores.folder import Folder
+
     folder = Folder(store.path)
     findings = [*_writable(store.path), *_files(folder), *_aside(folder)]
     try:
@@ -115,7 +117,7 @@ def _writable(path: Path) -> list[Finding]:
     return [Finding("ok", f"the store {path} can be read and written.")]
 
 
-def _files(folder: Folder) -> list[Finding]:
+def _files(folder: Any) -> list[Finding]:
     """Damaged and unreadable files, by their headers."""
     broken: dict[str, list[str]] = defaultdict(list)
     for key in folder.scan():
@@ -134,7 +136,7 @@ def _files(folder: Folder) -> list[Finding]:
     ]
 
 
-def _aside(folder: Folder) -> list[Finding]:
+def _aside(folder: Any) -> list[Finding]:
     reasons = sorted(folder.aside.glob("*.reason")) if folder.aside.is_dir() else []
     if not reasons:
         return []

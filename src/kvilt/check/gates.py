@@ -18,9 +18,10 @@ from torch import Tensor
 from kvilt.engine.engine import Engine
 from kvilt.model.model import Model
 from kvilt.model.proof import TOLERANCE
-from kvilt.model.rope import Turned
 from kvilt.plan import Layout, Plan, Segment
-from kvilt.types import Document, DocumentCache, Encoding, Prompt, SelectedLayers, TensorLayers
+from kvilt.rows.codec import QuantisedRows
+from kvilt.rows.rows import SelectedRows, TensorRows, whole
+from kvilt.types import Document, DocumentCache, Encoding, Prompt
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def deviation(found: Tensor, wanted: Tensor) -> float:
 
 def rotation(case: Case) -> float:
     """A rotation there and back changes nothing."""
-    rope, s = case.model.rope, case.model.shape
+    rotation, s = case.model.rotation, case.model.shape
     keys = torch.randn(s.heads, 64, s.head_dim)
-    return max(deviation(rope.move(rope.move(keys, by), -by), keys) for by in (1, 977, 20011))
+    places = [rotation.angles(torch.arange(first, first + 64)) for first in (1, 977, 20011)]
+    return max(deviation(rotation.rotate(rotation.rotate(keys, at), at, back=True), keys) for at in places)
 
 
 def identity(case: Case) -> float:
@@ -96,21 +98,20 @@ def identity(case: Case) -> float:
     nothing = torch.zeros(0, dtype=torch.long)
     empty = DocumentCache(nothing, nothing, 0, cache.key)
     plan = Layout(Prompt(empty, (cache,), asked)).reuse(cache).ask().plan()
-    return deviation(case.model.run(plan)[0], _full(case.model, torch.cat([ids, asked])))
+    return deviation(_last(case.model, plan), _full(case.model, torch.cat([ids, asked])))
 
 
 def first_layer(case: Case) -> float:
     """Keys and values of layer 0 of a moved document are those of a full prefill."""
     ids = case.engine.text.document_ids(case.documents[0])
-    case_model, start = case.model, 37
-    cache = case_model.encode([ids], Encoding())[0]
+    start = 37
+    cache = case.model.encode([ids], Encoding())[0]
     behind = Encoding(before=tuple([int(ids[0])] * start), keep=True)
-    full = case_model.encode([ids], behind)[0]
-    assert cache.layers is not None
-    assert full.layers is not None
-    keys = case_model.rope.move(cache.layers.fetch(0, "keys"), start)
-    values = deviation(cache.layers.fetch(0, "values"), full.layers.fetch(0, "values")[:, start:])
-    return max(deviation(keys, full.layers.fetch(0, "keys")[:, start:]), values)
+    full = case.model.encode([ids], behind)[0]
+    assert cache.rows is not None
+    assert full.rows is not None
+    alone, behind_others = (whole(rows, slice(0, 1))[0] for rows in (cache.rows, full.rows))
+    return deviation(alone, behind_others[..., start:, :])
 
 
 def recompute_all(case: Case) -> float:
@@ -118,20 +119,17 @@ def recompute_all(case: Case) -> float:
     plan = _all_fresh(case.engine.planned(case.prompt()))
     tokens = torch.cat([s.tokens for s in plan.segments])
     if not bool((plan.positions.diff() == 1).all()):  # gaps or shared positions: full prefill at the same positions
-        return deviation(case.model.run(plan)[0], case.model.dense(plan.dense(), plan.learned)[-1])
-    return deviation(case.model.run(plan)[0], _full(case.model, tokens, plan.learned))
+        return deviation(_last(case.model, plan), case.model.dense(plan.dense(), plan.learned)[-1])
+    return deviation(_last(case.model, plan), _full(case.model, tokens, plan.learned))
 
 
 def placement(case: Case) -> float:
     """A cache does not depend on where it stands: keys moved to two places and back, and values, are the same."""
     cache = case.caches()[0]
-    assert cache.layers is not None
-    last = cache.layers.shape[0] - 1
-    keys, rope = cache.layers.fetch(last, "keys"), case.model.rope
     again = case.caches()[0]
-    assert again.layers is not None
-    moved = max(deviation(rope.move(rope.move(keys.float(), by), -by), keys) for by in (5, 1234))
-    return max(moved, deviation(again.layers.fetch(last, "values"), cache.layers.fetch(last, "values")))
+    assert cache.rows is not None
+    assert again.rows is not None
+    return deviation(whole(again.rows), whole(cache.rows))
 
 
 def twice(case: Case) -> float:
@@ -175,24 +173,27 @@ def dense(case: Case) -> float:
 def _against_dense(model: Model, plan: Plan) -> float:
     decoded = replace(plan, segments=tuple(map(_decoded, plan.segments)))
     if decoded.segments != plan.segments:  # packed rows are not those of a pass: compare with the same rows unpacked
-        return deviation(model.run(plan)[0], model.run(decoded)[0])
-    return deviation(model.run(plan)[0], model.dense(plan.dense(), plan.learned)[-1])
+        return deviation(_last(model, plan), _last(model, decoded))
+    return deviation(_last(model, plan), model.dense(plan.dense(), plan.learned)[-1])
 
 
 def _decoded(segment: Segment) -> Segment:
     """The segment with packed rows as plain ones."""
     cache = segment.cache
-    layers = None if cache is None else cache.layers
-    held = layers.layers if isinstance(layers, SelectedLayers) else layers
-    if cache is None or layers is None or not isinstance(held, Turned):
+    rows = None if cache is None else cache.rows
+    held = rows.rows if isinstance(rows, SelectedRows) else rows
+    if cache is None or rows is None or not isinstance(held, QuantisedRows):
         return segment
-    keys, values = (tuple(layers.fetch(i, w) for i in range(layers.shape[0])) for w in ("keys", "values"))
-    return replace(segment, cache=replace(cache, layers=TensorLayers(keys, values)))
+    return replace(segment, cache=replace(cache, rows=TensorRows(whole(rows))))
+
+
+def _last(model: Model, plan: Plan) -> Tensor:
+    return model.score(plan, 1)[0]
 
 
 def _all_fresh(plan: Plan) -> Plan:
     segments = [Segment(s.tokens, s.start, None, None, s.name) for s in plan.segments]
-    return replace(plan, segments=tuple(segments), begun=None)
+    return replace(plan, segments=tuple(segments))
 
 
 @torch.no_grad()

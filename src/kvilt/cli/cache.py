@@ -12,7 +12,8 @@ from kvilt.cli.options import FAILED, Stored, verb
 from kvilt.errors import UserError
 
 if TYPE_CHECKING:
-    from kvilt.stores.base import CacheStore, Entry
+    from kvilt.stores.store import Entry
+    from kvilt.stores.store import Store as CacheStore
 
 SHORTEST = 4  # characters of a key that are worth looking up
 

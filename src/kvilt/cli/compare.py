@@ -13,7 +13,7 @@ from kvilt.check.gates import GateResult
 from kvilt.cli import talk
 from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
-from kvilt.stores.memory import MemoryStore
+from kvilt.stores.store import Store as MemoryStore
 from kvilt.types import Answer, Document
 
 REFERENCE = "full"

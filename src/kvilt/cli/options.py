@@ -19,7 +19,7 @@ from kvilt.errors import StoreError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from kvilt.engine.engine import Engine
-    from kvilt.stores.base import CacheStore
+    from kvilt.stores.store import Store as CacheStore
     from kvilt.types import Document
 
 FAILED, USER, STORE, STOPPED = 1, 2, 3, 130

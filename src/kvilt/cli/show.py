@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvilt.cli.compare import Closeness
     from kvilt.engine.encoder import EncodeReport
     from kvilt.plan import Plan
-    from kvilt.stores.base import Entry, StoreStats
+    from kvilt.stores.store import Entry, StoreStats
     from kvilt.types import Answer
 
 WIDE = 10_000  # columns where no terminal sets a limit

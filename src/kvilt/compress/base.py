@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvilt import registry
 from kvilt.errors import SpecError
-from kvilt.rows.codec import Codec, PackedLayers
+from kvilt.rows.codec import Codec, QuantisedRows
 from kvilt.types import Document, DocumentCache
 
 KINDS = ("text", "rows", "numbers")  # in the order in which they are applied
@@ -24,14 +24,10 @@ class Made:
     cache: DocumentCache
     around: tuple[int, int]  # kept rows before and after the document's own
     title: int  # tokens of the title
-    turn: Callable[[Tensor, Tensor], Tensor]  # moves keys by so many positions
+    rotate: Callable[[Tensor, Tensor], Tensor]  # keys (..., rows, head_dim) rotated to positions (rows,)
     attention: Callable[..., Tensor]  # `ModelProbe.attention`: what each row of a plan gets, (layers, rows)
     tokenize: Callable[[str], Tensor]
     context: int  # positions that the model has
-
-    def flat(self, keys: Tensor) -> Tensor:
-        """Keys of this document without any rotation, float32."""
-        return self.turn(keys.float(), -self.cache.offsets)
 
 
 class Shortener(Protocol):
@@ -82,9 +78,8 @@ class Compression:
         return document if self.text is None else replace(document, text=self.text.shorten(document.text))
 
     def apply(self, made: Made) -> DocumentCache:
-        """Drop rows, then pack what is left."""
+        """Drop rows, then quantise what is left."""
         cache = made.cache if self.rows is None else self.rows.press(made)
-        if self.numbers is None or cache.layers is None:
+        if self.numbers is None or cache.rows is None:
             return cache
-        flat = replace(made, cache=cache).flat
-        return replace(cache, layers=PackedLayers.of(cache.layers, self.numbers, flat))
+        return replace(cache, rows=QuantisedRows.of(cache.rows, self.numbers))

@@ -17,7 +17,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from kvilt.compress.base import Made
 from kvilt.errors import DocumentError, SpecError
 from kvilt.plan import Plan, Segment
-from kvilt.types import DocumentCache, TensorLayers, digest_of
+from kvilt.rows.rows import TensorRows, whole
+from kvilt.types import DocumentCache, digest_of
 
 RIDGE = 0.01  # of the mean eigenvalue: with fewer rows than channels every plain leverage score would be 1
 CHUNK = 2048  # tokens that KVzip lets the model repeat at a time (section 3.4)
@@ -56,10 +57,14 @@ class Press(ABC):
 
 def pruned(cache: DocumentCache, rows: Tensor) -> DocumentCache:
     """A cache with some of its rows alone, (kept,) ascending."""
-    layers = cache.layers
-    assert layers is not None
-    keys, values = (tuple(layers.fetch(i, w)[:, rows] for i in range(layers.shape[0])) for w in ("keys", "values"))
-    return replace(cache, offsets=cache.offsets[rows], layers=TensorLayers(keys, values))
+    return replace(cache, offsets=cache.offsets[rows], rows=TensorRows(rows_of(cache)[..., rows, :]))
+
+
+def rows_of(cache: DocumentCache) -> Tensor:
+    """All keys (without rotation) and values of a cache, (layers, 2, heads, rows, head_dim)."""
+    if cache.rows is None:
+        raise ValueError("a document that was tokenised only has no rows to drop")
+    return whole(cache.rows)
 
 
 class PerLayer(Press):
@@ -67,17 +72,12 @@ class PerLayer(Press):
 
     @abstractmethod
     def worth(self, keys: Tensor, values: Tensor, made: Made) -> Tensor:
-        """Scores of one layer's (heads, rows, head_dim), (heads, rows), of like size in all heads."""
+        """Scores of one layer's keys (without rotation) and values (heads, rows, head_dim), (heads, rows)."""
 
     def scores(self, made: Made) -> Tensor:
         """The mean over layers and heads."""
-        layers = made.cache.layers
-        assert layers is not None
-        found = []
-        for i in range(layers.shape[0]):
-            keys, values = layers.fetch(i, "keys").float(), layers.fetch(i, "values").float()
-            found.append(self.worth(keys, values, made).double().mean(0))
-        return torch.stack(found).mean(0)
+        rows = rows_of(made.cache).float()
+        return torch.stack([self.worth(keys, values, made).double().mean(0) for keys, values in rows]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class KeyDiff(PerLayer):
     """Keeps the keys least similar (cosine) to the mean of all normalised keys (KeyDiff, arXiv 2504.15364)."""
 
     def worth(self, keys: Tensor, values: Tensor, made: Made) -> Tensor:
+        keys = made.rotate(keys, made.cache.offsets)  # the paper compares keys as the cache holds them
         similar: Tensor = cosine_similarity(keys, normalize(keys, dim=-1).mean(1, keepdim=True), dim=-1)
         return -similar
 
@@ -103,7 +104,7 @@ class Leverage(PerLayer):
     """Keeps the rows of highest statistical leverage in the matrix of un-rotated keys (Compactor, arXiv 2507.08143)."""
 
     def worth(self, keys: Tensor, values: Tensor, made: Made) -> Tensor:
-        return leverage(made.flat(keys))
+        return leverage(keys)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Cur(PerLayer):
     """Keeps the rows of highest leverage in keys and values, multiplied (CurDKV, arXiv 2509.15038)."""
 
     def worth(self, keys: Tensor, values: Tensor, made: Made) -> Tensor:
-        both = leverage(made.flat(keys)) * leverage(values)
+        both = leverage(keys) * leverage(values)
         return both / both.sum(1, keepdim=True)
 
 
@@ -142,8 +143,8 @@ class KVzip(Press):
         for chunk in torch.split(cache.own_tokens, room):
             again = Segment(torch.cat([asked, chunk]), cache.length, name="repetition")
             plan = Plan((Segment(cache.placed_tokens, 0, cache, name="document"), again), cache.length)
-            assert cache.layers is not None
-            seen = made.attention(plan, range(cache.layers.shape[0]), "max", len(chunk) + 1)
+            assert cache.rows is not None
+            seen = made.attention(plan, range(cache.rows.shape[0]), "max", len(chunk) + 1)
             worth = torch.maximum(worth, seen[:, : len(worth)].amax(0))
         return worth
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -14,13 +16,12 @@ from kvilt.engine.text import TextFormat
 from kvilt.errors import DocumentError, StoreUnavailable
 from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe
-from kvilt.model.rope import turned
-from kvilt.stores.base import CacheStore
+from kvilt.rows.rows import TensorRows
+from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
 PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
-POLL_SECONDS = 0.2
 
 NONE = Compression()
 logger = logging.getLogger("kvilt")
@@ -63,25 +64,68 @@ class EncodeReport:
     tokens: int
     bytes: int
     seconds: float
+    failed: tuple[str, ...] = ()  # why a document could not be encoded, a line each
+
+
+class Flights:
+    """One future per document that is being encoded in this process: whoever needs it meanwhile waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[DocumentCache | None]] = {}
+
+    def take(self, digests: Iterable[str]) -> tuple[list[str], dict[str, Future[DocumentCache | None]]]:
+        """Which documents the caller is to encode, and the futures of those that somebody else encodes already."""
+        mine, theirs = [], {}
+        with self._lock:
+            for digest in digests:
+                if digest in self._running:
+                    theirs[digest] = self._running[digest]
+                else:
+                    self._running[digest] = Future()
+                    mine.append(digest)
+        return mine, theirs
+
+    def land(self, digest: str, cache: DocumentCache | None) -> None:
+        """Hand a document to those who wait for it; None where it could not be encoded."""
+        with self._lock:
+            future = self._running.pop(digest, None)
+        if future is not None:
+            future.set_result(cache)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Encodes documents for one model and one encoding into one store."""
+    """Encodes documents for one model and one encoding into one store. Thread-safe."""
 
     model: Model
     text: TextFormat
-    store: CacheStore
+    store: Store
     encoding: Encoding
-    namespace: str = "default"
+    namespace: str = "shared"
     ttl: float | None = None
     compression: Compression = NONE
+    flights: Flights = field(default_factory=Flights)
 
-    def items(self, documents: Iterable[Document]) -> list[Item]:
-        """Tokenise and key documents. Raises DocumentError for empty ones and those longer than the model's context."""
-        return [self._item(d) for d in documents]
+    def items(self, documents: Iterable[Document], failed: list[str] | None = None) -> list[Item]:
+        """Tokenise and key documents.
 
-    def _item(self, document: Document) -> Item:
+        Raises DocumentError naming all that are empty, too long or unreadable; with `failed` they are noted there and
+        left out."""
+        items, problems = [], list[str]()
+        for document in documents:
+            try:
+                items.append(self.item(document))
+            except DocumentError as error:
+                problems.append(str(error))
+        if failed is not None:
+            failed += problems
+        elif problems:
+            raise DocumentError("\n".join(problems))
+        return items
+
+    def item(self, document: Document) -> Item:
+        """Tokenise and key one document. Raises DocumentError."""
         ids, saved = self.text.document_ids(document), 0
         if self.compression.text is not None:
             document, before = self.compression.shorten(document), len(ids)
@@ -96,129 +140,127 @@ class Encoder:
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
-        return Item(document, ids, self.model.key(ids, e, self.compression.identity(title)), title, saved)
-
-    def _storable(self, documents: Iterable[Document]) -> dict[str, Item]:
-        """Documents by content address, those left out that must never be stored."""
-        return {item.key.digest: item for item in self.items(documents) if item.document.store}
+        key = self.model.key(ids, e, self.compression.identity(title), self.namespace)
+        return Item(document, ids, key, title, saved)
 
     def encode(
-        self, documents: Iterable[Document], on_progress: Callable[[Progress], None] | None = None
+        self,
+        documents: Iterable[Document],
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        keep_going: bool = False,
     ) -> EncodeReport:
-        """Encode and store what is missing. A rerun, or another process at the same time, encodes nothing twice."""
-        began = time.perf_counter()
-        unique = self._storable(documents)
+        """Encode and store what is missing; a rerun encodes nothing twice.
+
+        Raises DocumentError for documents that cannot be encoded, or with `keep_going` names them in the report. Raises
+        StoreUnavailable when the store cannot be written."""
+        began, failed = time.perf_counter(), list[str]()
+        unique = self._storable(documents, failed if keep_going else None)
         present = self.store.contains(unique)
-        missing = [item for key, item in unique.items() if key not in present]
+        missing = [item for digest, item in unique.items() if digest not in present]
         encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
-        for batch in self._claimed(missing):
-            mine = self._encode_claimed(batch)
-            encoded, done, tokens = encoded + len(mine), done + len(batch), tokens + sum(len(i.ids) for i, _ in mine)
-            size += sum(stored for _, stored in mine)
+        for batch in batches(missing):
+            stored = [(item, cache) for item, cache in self._make(batch, self._store) if cache is not None]
+            encoded, done = encoded + len(stored), done + len(batch)
+            tokens += sum(len(item.ids) for item, _ in stored)
+            size += sum(cache.nbytes for _, cache in stored)
             if on_progress:
                 on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
-        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, seconds, tuple(failed))
 
     def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
         """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
-        unique = self._storable(documents)
+        failed = list[str]()
+        unique = self._storable(documents, failed)
         present = self.store.contains(unique)
         missing = [item for key, item in unique.items() if key not in present]
         tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]
         began = time.perf_counter()
-        size = sum(cache.nbytes for item in tried for cache in self._run([item]))
+        size = sum(cache.nbytes for item in tried for cache in self.make([item]))
         rate = sum(len(i.ids) for i in tried) / max(time.perf_counter() - began, 1e-9)
         tokens, share = sum(len(i.ids) for i in missing), size / max(self._plain_size(tried), 1)
         size, seconds = round(share * self._plain_size(missing)), tokens / rate if tried else 0.0
-        return EncodeReport(len(unique), len(missing), len(unique) - len(missing), tokens, size, seconds)
+        present_count = len(unique) - len(missing)
+        return EncodeReport(len(unique), len(missing), present_count, tokens, size, seconds, tuple(failed))
 
-    def fetch(self, items: Sequence[Item], refused: Container[str] = ()) -> tuple[list[DocumentCache], int]:
-        """The caches of documents, encoding and storing what is missing; and how many were found.
+    def obtain(self, items: Sequence[Item]) -> dict[str, DocumentCache]:
+        """The caches of documents that the store does not have, encoded now and stored, by digest.
 
-        What is stored under the digests `refused` is damaged: it is encoded again."""
-        unique = {i.key.digest: i for i in items}
-        stored = {digest: self.get(item.key, refused) for digest, item in unique.items()}
-        found = {digest: cache for digest, cache in stored.items() if cache is not None}
-        hits = sum(i.key.digest in found for i in items)
-        for batch in batches([item for digest, item in unique.items() if digest not in found]):
-            for item, cache in zip(batch, self._run(batch), strict=True):
-                self.put(cache, item.title)
-                found[item.key.digest] = turned(cache, self.model.rope)
-        return [found[i.key.digest] for i in items], hits
+        An answer is still given when the store cannot take them."""
+        unique = {item.key.digest: item for item in items}
+        caches: dict[str, DocumentCache] = {}
+        while missing := [item for digest, item in unique.items() if digest not in caches]:
+            for batch in batches(missing):
+                made = self._make(batch, self._store_if_possible)
+                caches |= {item.key.digest: cache for item, cache in made if cache is not None}
+        return caches
 
     def make(self, items: Sequence[Item]) -> list[DocumentCache]:
         """The caches of documents, encoded now and not stored."""
-        return [turned(cache, self.model.rope) for cache in self._run(items)]
+        caches = self.model.encode([i.ids for i in items], self.encoding)
+        return [self._smaller(cache, item) for cache, item in zip(caches, items, strict=True)]
 
-    def _run(self, batch: Sequence[Item]) -> list[DocumentCache]:
-        caches = self.model.encode([i.ids for i in batch], self.encoding)
-        return [self._smaller(cache, item) for cache, item in zip(caches, batch, strict=True)]
-
-    def _smaller(self, cache: DocumentCache, item: Item) -> DocumentCache:
-        """The cache as it is stored."""
-        if self.compression == NONE:
-            return cache
-        model, around = self.model, (len(self.encoding.before), len(self.encoding.after))
-        attention, turn = ModelProbe(model, model.info()).attention, model.rope.move
-        made = Made(
-            cache,
-            around if self.encoding.keep else (0, 0),
-            item.title_length,
-            turn,
-            attention,
-            self.text.plain_ids,
-            model.context_length,
-        )
-        return replace(self.compression.apply(made), key=item.key)
-
-    def get(self, key: CacheKey, refused: Container[str] = ()) -> DocumentCache | None:
-        """The stored cache; None if there is none, it is known to be damaged, or the store cannot be read."""
-        if key.digest in refused:
-            return None
+    def _make(
+        self, batch: Sequence[Item], store: Callable[[Item, DocumentCache], None]
+    ) -> Iterator[tuple[Item, DocumentCache | None]]:
+        """Encode and store a batch, or wait for those who do; None for what another thread has failed to encode."""
+        by_digest = {item.key.digest: item for item in batch}
+        mine, theirs = self.flights.take(by_digest)
         try:
-            found = self.store.get(key)
-        except StoreUnavailable as error:
-            logger.warning("not read: %s", error)
-            return None
-        return None if found is None else turned(found, self.model.rope)
+            there = self._stored([by_digest[digest] for digest in mine])  # finished by somebody since we looked
+            for digest, cache in there.items():
+                self.flights.land(digest, cache)
+                yield by_digest[digest], cache
+            todo = [by_digest[digest] for digest in mine if digest not in there]
+            for item, cache in zip(todo, self.make(todo) if todo else [], strict=True):
+                store(item, cache)
+                self.flights.land(item.key.digest, cache)
+                yield item, cache
+        finally:
+            for digest in mine:
+                self.flights.land(digest, None)  # no effect on those that have landed
+        for digest, future in theirs.items():
+            yield by_digest[digest], future.result()
 
-    def put(self, cache: DocumentCache, title: str) -> None:
-        """Store a cache; an answer is still given when the store cannot take it."""
+    def _stored(self, items: Sequence[Item]) -> dict[str, DocumentCache]:
         try:
-            self.store.put(cache, title=title, namespace=self.namespace, ttl=self.ttl)
+            caches = self.store.get_many([i.key for i in items])
+        except StoreUnavailable:
+            return {}
+        return {i.key.digest: c for i, c in zip(items, caches, strict=True) if c is not None}
+
+    def _store(self, item: Item, cache: DocumentCache) -> None:
+        self.store.put(cache, title=item.title, ttl=self.ttl)
+
+    def _store_if_possible(self, item: Item, cache: DocumentCache) -> None:
+        try:
+            self._store(item, cache)
         except StoreUnavailable as error:
             logger.warning("not stored: %s", error)
 
-    def _claimed(self, missing: list[Item]) -> Iterator[list[Item]]:
-        """Batches that this process may encode; what another process has claimed is waited for at the end."""
-        waiting = []
-        for batch in batches(missing):
-            mine = [i for i in batch if self.store.claim(i.key.digest)]
-            waiting += [i for i in batch if i not in mine]
-            if mine:
-                yield mine
-        while waiting:
-            stored = self.store.contains(i.key.digest for i in waiting)
-            waiting = [i for i in waiting if i.key.digest not in stored]
-            orphans = [i for i in waiting if self.store.claim(i.key.digest)]
-            if orphans:
-                yield from batches(orphans)
-                waiting = [i for i in waiting if i not in orphans]
-            elif waiting:
-                time.sleep(POLL_SECONDS)
+    def _smaller(self, cache: DocumentCache, item: Item) -> DocumentCache:
+        """The cache as it is stored: compressed, in the dtype that its key names."""
+        model, around = self.model, (len(self.encoding.before), len(self.encoding.after))
+        if self.compression != NONE:
+            made = Made(
+                cache,
+                around if self.encoding.keep else (0, 0),
+                item.title_length,
+                lambda keys, positions: model.rotation.rotate(keys, model.rotation.angles(positions)),
+                ModelProbe(model, model.info()).attention,
+                self.text.plain_ids,
+                model.context_length,
+            )
+            cache = self.compression.apply(made)
+        rows = cache.rows
+        if isinstance(rows, TensorRows):
+            rows = TensorRows(rows.data.to(model.stored))
+        return replace(cache, key=item.key, rows=rows)
 
-    def _encode_claimed(self, batch: list[Item]) -> list[tuple[Item, int]]:
-        """Encode and store what nobody has stored in the meantime; returns what that was, and its bytes."""
-        try:
-            stored = self.store.contains(i.key.digest for i in batch)  # finished by another process before the claim
-            todo = [i for i in batch if i.key.digest not in stored]
-            made = list(zip(todo, self._run(todo) if todo else [], strict=True))
-            for item, cache in made:
-                self.store.put(cache, title=item.title, namespace=self.namespace, ttl=self.ttl)
-            return [(item, cache.nbytes) for item, cache in made]
-        finally:
-            for item in batch:
-                self.store.release(item.key.digest)
+    def _storable(self, documents: Iterable[Document], failed: list[str] | None) -> dict[str, Item]:
+        """Documents by content address, those left out that must never be stored."""
+        return {item.key.digest: item for item in self.items(documents, failed) if item.document.store}
 
     def _plain_size(self, items: Sequence[Item]) -> int:
         """Bytes of documents that are not compressed."""

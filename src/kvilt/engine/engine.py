@@ -13,19 +13,21 @@ from torch import Tensor
 
 from kvilt import registry
 from kvilt.compress.base import Compression
-from kvilt.engine.encoder import Encoder, EncodeReport, Item
+from kvilt.engine.encoder import Encoder, EncodeReport, Flights, Item
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, PromptError, StoreUnavailable
-from kvilt.model.decoding import Scores, Settings, generate
+from kvilt.model.decoding import Settings, generate
 from kvilt.model.loading import load_model
-from kvilt.model.model import Model
-from kvilt.model.placed import PlacedCache
+from kvilt.model.model import Model, Run
 from kvilt.model.probe import ModelProbe
-from kvilt.plan import Plan, Segment
-from kvilt.stores.base import CacheStore
+from kvilt.plan import Plan, Segment, prefill_cost
+from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
-from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
+from kvilt.types import Answer, CacheKey, Document, DocumentCache, Encoding, Prompt, Usage
+
+DEFAULT = "block:sink=system"  # the best strategy without training (docs/strategies.md)
+KNOWN = 1 << 16  # documents whose tokens and keys are remembered
 
 logger = logging.getLogger("kvilt")
 
@@ -51,13 +53,23 @@ class Clock:
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
-    """A prompt whose caches are at hand, and its plan."""
+class Fetched:
+    """The caches of a prompt, and how they came."""
 
-    prompt: Prompt
-    plan: Plan
+    system: DocumentCache
+    documents: list[DocumentCache]
     hits: int
     misses: int
+    encoded: tuple[int, ...]  # tokens of every document that had to be encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A planned prompt and what it took so far."""
+
+    plan: Plan
+    caches: Fetched
+    probe_bytes: int
 
 
 class Engine:
@@ -70,9 +82,10 @@ class Engine:
         model: Model,
         text: TextFormat,
         strategy: Strategy,
-        store: CacheStore,
-        namespace: str = "default",
+        store: Store,
+        namespace: str = "shared",
         compress: str | Compression = "",
+        flights: Flights | None = None,
     ) -> None:
         self.model, self.text, self.store, self.namespace = model, text, store, namespace
         self.info = model.info(
@@ -82,41 +95,48 @@ class Engine:
             directory=getattr(model.hf, "name_or_path", None) or None,
         )
         self.strategy = strategy.bind(self.info)
+        self.label = repr(self.strategy)
         self.compression = Compression.of(compress)
+        self.flights = flights or Flights()
         encoding = self.strategy.encoding or Encoding()
-        self.encoder = Encoder(model, text, store, encoding, namespace, compression=self.compression)
-        self._plain = Encoder(model, text, store, Encoding(), namespace)
+        self.encoder = Encoder(
+            model, text, store, encoding, namespace, compression=self.compression, flights=self.flights
+        )
+        self._plain = Encoder(model, text, store, Encoding(), namespace, flights=self.flights)
+        self._known: dict[tuple[str | None, str], Item] = {}  # by title and text
+        ids = torch.tensor(self.info.system, dtype=torch.long)
+        self._system = Item(Document("system"), ids, model.key(ids, Encoding(), namespace=namespace))
 
     @classmethod
     def load(
         cls,
         model: str,
-        strategy: str | Strategy = "block",
-        store: str | CacheStore = "disk",
+        strategy: str | Strategy = DEFAULT,
+        store: str | Store = "disk",
         *,
         system: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        namespace: str = "default",
+        namespace: str = "shared",
         compress: str | Compression = "",
     ) -> Engine:
         """Load a model (hub name or folder), a strategy, a store and a compression from specification strings.
 
-        `dtype` "auto" is the checkpoint's own on CUDA and float32 on a CPU, where it is fastest."""
+        `dtype` "auto" is what this machine computes fastest in; documents are stored in the checkpoint's own."""
         smaller = Compression.of(compress)  # before the model: mistakes show at once
         loaded, tokenizer = load_model(model, dtype, device)
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
-        keep = cast(CacheStore, registry.build("store", store)) if isinstance(store, str) else store
+        keep = cast(Store, registry.build("store", store)) if isinstance(store, str) else store
         return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, smaller)
 
     def with_strategy(self, strategy: str | Strategy, compress: str | Compression | None = None) -> Engine:
         """The same model and store with another strategy, and another compression if one is given."""
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         same = self.compression if compress is None else compress
-        return Engine(self.model, self.text, built, self.store, self.namespace, same)
+        return Engine(self.model, self.text, built, self.store, self.namespace, same, self.flights)
 
     def encode(self, documents: Sequence[Document], **options: Any) -> EncodeReport:
-        """Encode and store documents ahead of any question."""
+        """Encode and store documents ahead of any question (`Encoder.encode` has the options)."""
         return self.encoder.encode(documents, **options)
 
     def answer(
@@ -127,37 +147,27 @@ class Engine:
         max_new_tokens: int = 128,
         allow_empty: bool = False,
         streamer: Any = None,
-        draft: Sequence[int] = (),
         **sampling: Any,
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
         `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
-        `draft` is a guess of the answer's tokens: right ones are generated in one pass, wrong ones change nothing.
         Raises PromptError before anything is computed where question or options cannot be served."""
-        clock, refused = Clock(), set[str]()
+        clock, damaged = Clock(), set[str]()
         settings = Settings.of(self.model.hf, sampling)
         while True:
             try:
-                ready = self._ready(question, documents, clock, allow_empty, refused)
-                room = self._room(ready.plan, max_new_tokens)
-                logits, placed = self.model.run(ready.plan, room)
-                break
+                ready = self._ready(question, documents, allow_empty, max_new_tokens, clock)
+                room = self._room(ready.plan.end, max_new_tokens)
+                with self.model.run(ready.plan, room) as run:
+                    clock.lap("run")
+                    prompt = torch.cat([s.tokens for s in ready.plan.segments])
+                    tokens = generate(run, prompt, room, settings, clock.mark_first, streamer, self.text.tokenizer)
+                    clock.lap("decode")
+                    usage = self._usage(ready, run, clock, len(tokens), len(damaged))
+                return Answer(self.text.decode(tokens), tokens, usage, self.label, run.logits.cpu())
             except DamagedCache as error:
-                self._repair(error, refused)
-        clock.lap("run")
-        try:
-            ids, tokenizer = _ids(ready.plan), self.text.tokenizer
-            ahead = Scores(self.model, placed, draft[:room])
-            tokens = generate(
-                self.model, logits, placed, ids, room, settings, clock.mark_first, streamer, tokenizer, ahead
-            )
-            drafted = torch.cat([logits[None], ahead.of_draft()[:-1]]) if draft else None
-            clock.lap("decode")
-            usage = self._usage(ready, placed, clock, len(tokens), len(refused))
-        finally:
-            self.model.pool.give(placed.buffer)
-        return Answer(self.text.decode(tokens), tokens, usage, repr(self.strategy), logits.cpu(), drafted)
+                self._repair(error, damaged)
 
     def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself.
@@ -169,109 +179,137 @@ class Engine:
         self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False
     ) -> Tensor:
         """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
-        refused = set[str]()
         if not len(continuation):
             raise PromptError("nothing to score: the continuation is empty.")
+        damaged = set[str]()
         while True:
             try:
-                plan = self._ready(question, documents, Clock(), allow_empty, refused).plan
-                self._room(plan, len(continuation), least=len(continuation))
+                plan = self._ready(question, documents, allow_empty, len(continuation), Clock()).plan
+                self._room(plan.end, len(continuation), least=len(continuation))
                 forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
                 if forced.length:
-                    plan = replace(plan, segments=(*plan.segments, forced), begun=None)
+                    plan = replace(plan, segments=(*plan.segments, forced))
                 return self.model.score(plan, len(continuation))
             except DamagedCache as error:
-                self._repair(error, refused)
+                self._repair(error, damaged)
 
     def plan(self, question: str, documents: Sequence[Document]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
-        return self._ready(question, documents, Clock(), False, set()).plan
+        return self._ready(question, documents, False, 1, Clock()).plan
 
     def planned(self, prompt: Prompt) -> Plan:
-        """The strategy's plan of a prompt, charged with what its probes have cost."""
-        probe = ModelProbe(self.model, self.info)
+        """The strategy's plan of a prompt, charged with what its probe passes have cost."""
+        return self._planned(prompt, ModelProbe(self.model, self.info))
+
+    def _planned(self, prompt: Prompt, probe: ModelProbe) -> Plan:
         plan = self.strategy.plan(prompt, probe)
-        return replace(plan, overhead=plan.overhead + probe.charged)
+        return replace(plan, overhead=plan.overhead + probe.charged) if probe.charged else plan
 
     def _ready(
-        self, question: str, documents: Sequence[Document], clock: Clock, allow_empty: bool, refused: set[str]
+        self, question: str, documents: Sequence[Document], allow_empty: bool, wanted: int, clock: Clock
     ) -> Ready:
+        """Tokenise, key, fetch, encode what is missing, plan."""
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
         asked = self.text.question_ids(question)
-        items = self.encoder.items(documents)
-        clock.lap("tokenize")
-        system, caches, hits = self._caches(items, refused)
+        items = self._items(documents)
+        self._room(self._least_end(items, asked), wanted)
+        clock.lap("tokenise")
+        caches = self._fetch(items)
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
-        prompt = Prompt(system, tuple(caches), asked, names, sum(i.saved for i in items))
-        plan = self.planned(prompt)
+        prompt = Prompt(caches.system, tuple(caches.documents), asked, names, sum(i.saved for i in items))
+        probe = ModelProbe(self.model, self.info)
+        plan = self._planned(prompt, probe)
+        if caches.encoded:
+            linear = self.info.linear_cost
+            cost = sum(prefill_cost(n, linear) for n in caches.encoded) / prefill_cost(plan.baseline, linear)
+            plan = replace(plan, overhead=plan.overhead + cost)
         clock.lap("plan")
-        stored = sum(c.layers is not None for c in caches)
-        return Ready(prompt, plan, hits, stored - hits)
+        return Ready(plan, caches, probe.bytes_loaded)
 
-    def _caches(self, items: Sequence[Item], refused: set[str]) -> tuple[DocumentCache, list[DocumentCache], int]:
-        """System and document caches; only tokens where the strategy reuses nothing or a document says so."""
-        system_ids = torch.tensor(self.info.system, dtype=torch.long)
+    def _items(self, documents: Sequence[Document]) -> list[Item]:
+        """Tokens and keys; those of known documents are remembered."""
+        names = [(d.title, d.text) for d in documents]
+        new = {name: d for name, d in zip(names, documents, strict=True) if name not in self._known}
+        if new:
+            if len(self._known) + len(new) > KNOWN:
+                self._known.clear()
+            self._known.update(zip(new, self.encoder.items(new.values()), strict=True))
+        known = [self._known[name] for name in names]
+        return [
+            i if i.document.store is d.store else replace(i, document=d) for i, d in zip(known, documents, strict=True)
+        ]
+
+    def _fetch(self, items: Sequence[Item]) -> Fetched:
+        """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
         if self.strategy.encoding is None:
-            return self._bare(system_ids), [self._bare(i.ids) for i in items], 0
-        system = self._system(system_ids, refused)
-        kept = [i for i in items if i.document.store]
-        found, hits = self.encoder.fetch(kept, refused)
-        rest = iter(found)
-        return system, [next(rest) if i.document.store else self._bare(i.ids) for i in items], hits
+            return Fetched(self._bare(self._system), [self._bare(i) for i in items], 0, 0, ())
+        stored = [i for i in items if i.document.store]
+        wanted = [self._system, *stored] if len(self._system.ids) else stored
+        caches = self._stored([i.key for i in wanted])
+        missing = {i.key.digest: i for i in stored if i.key.digest not in caches}
+        if missing:
+            caches |= self.encoder.obtain(list(missing.values()))
+        if len(self._system.ids) and self._system.key.digest not in caches:
+            caches |= self._plain.obtain([self._system])
+        misses = sum(i.key.digest in missing for i in stored)
+        documents = [caches[i.key.digest] if i.document.store else self._bare(i) for i in items]
+        system = caches[self._system.key.digest] if len(self._system.ids) else self._bare(self._system)
+        encoded = tuple(len(caches[digest].tokens) for digest in missing)
+        return Fetched(system, documents, len(stored) - misses, misses, encoded)
 
-    def _system(self, ids: Tensor, refused: set[str]) -> DocumentCache:
-        """The system part: an exact prefix, cached like a document."""
-        if len(ids) == 0:
-            return self._bare(ids)
-        key = self.model.key(ids, Encoding())
-        found = self._plain.get(key, refused)
-        if found is None:
-            found = self.model.encode([ids], Encoding())[0]
-            self._plain.put(found, "system")
-        return found
+    def _stored(self, keys: Sequence[CacheKey]) -> dict[str, DocumentCache]:
+        try:
+            caches = self.store.get_many(keys)
+        except StoreUnavailable as error:
+            logger.warning("not read: %s", error)
+            return {}
+        return {key.digest: cache for key, cache in zip(keys, caches, strict=True) if cache is not None}
 
-    def _bare(self, ids: Tensor) -> DocumentCache:
-        return DocumentCache(ids, torch.arange(len(ids)), len(ids), self.model.key(ids, Encoding()))
+    def _bare(self, item: Item) -> DocumentCache:
+        return DocumentCache(item.ids, torch.arange(len(item.ids)), len(item.ids), item.key)
 
-    def _room(self, plan: Plan, wanted: int, least: int = 1) -> int:
-        free = self.model.context_length - plan.end
+    def _least_end(self, items: Sequence[Item], asked: Tensor) -> int:
+        """Positions that the prompt takes at least, known before anything is encoded."""
+        lengths = [len(i.ids) for i in items]
+        documents = max(lengths, default=0) if self.strategy.shares_positions else sum(lengths)
+        return len(self._system.ids) + documents + len(asked)
+
+    def _room(self, end: int, wanted: int, least: int = 1) -> int:
+        """How many tokens can be generated behind a prompt that ends there. Raises PromptError where that is too few."""
+        free = self.model.context_length - end
         if free < least:
             raise PromptError(
-                f"the prompt takes {plan.end} positions, the model's context holds {self.model.context_length}. "
+                f"the prompt takes {end} positions, the model's context holds {self.model.context_length}. "
                 "Give fewer or shorter documents."
             )
         if wanted < 1:
             raise PromptError(f"max_new_tokens must be at least 1, not {wanted}.")
         return min(wanted, free)
 
-    def _repair(self, error: DamagedCache, refused: set[str]) -> None:
-        """Take a damaged document out of service, in this answer even if the store cannot."""
-        if error.key in refused:
+    def _repair(self, error: DamagedCache, damaged: set[str]) -> None:
+        """Take a damaged document out of service; the answer starts again and encodes it anew."""
+        if error.key in damaged:
             raise error
-        refused.add(error.key)
+        damaged.add(error.key)
         try:
             self.store.set_aside(error.key, error.reason)
         except StoreUnavailable as unavailable:
             logger.warning("not set aside: %s", unavailable)
 
-    def _usage(self, ready: Ready, placed: PlacedCache, clock: Clock, generated: int, damaged: int) -> Usage:
-        plan = ready.plan
+    def _usage(self, ready: Ready, run: Run, clock: Clock, generated: int, damaged: int) -> Usage:
+        plan, caches = ready.plan, ready.caches
         return Usage(
             reused_tokens=plan.reused_count,
             computed_tokens=len(plan.computed_rows),
             generated_tokens=generated,
             charged=plan.charged(self.info.linear_cost),
-            hits=ready.hits,
-            misses=ready.misses,
+            hits=caches.hits,
+            misses=caches.misses,
             damaged=damaged,
-            bytes_loaded=placed.bytes_loaded,
+            bytes_loaded=run.bytes_loaded + ready.probe_bytes,
             ttft_s=clock.first,
             steps_s=clock.steps,
             note=plan.note,
         )
-
-
-def _ids(plan: Plan) -> Tensor:
-    return torch.cat([s.tokens for s in plan.segments])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from kvilt.errors import PromptError
-from kvilt.model.model import Model
-from kvilt.model.placed import PlacedCache
+from kvilt.model.model import Run
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 NOT_SERVED = {  # generation options that want another loop or another cache, and what leaves them off
@@ -81,52 +80,20 @@ def _check(options: dict[str, Any], config: Any) -> None:
             raise PromptError(f"generation option {name}={value!r} is not served: {advice}")
 
 
-class Scores:
-    """Logits of the next token, step by step; or from one pass over a draft, for as long as the draft is what is picked.
-
-    A draft that is followed to its end costs one pass instead of one per token, and never changes what is generated."""
-
-    def __init__(self, model: Model, placed: PlacedCache, draft: Sequence[int] = ()) -> None:
-        self.model, self.placed, self.draft = model, placed, draft
-        self._followed = 0
-        self._deviated = not draft
-        self._ahead: Tensor | None = None
-
-    def of_draft(self) -> Tensor:
-        """Logits after each token of the draft, (draft, vocab). Before the first step only, or after it was needed."""
-        if self._ahead is None:
-            self._ahead = self.model.ahead(torch.tensor(self.draft, dtype=torch.long), self.placed)
-        return self._ahead
-
-    def after(self, token: Tensor) -> Tensor:
-        """Logits after one more token (1, 1), (1, vocab)."""
-        if not self._deviated:
-            ahead, at = self.of_draft(), self._followed
-            if at < len(self.draft) and int(token) == self.draft[at]:
-                self.placed.advance(1)
-                self._followed += 1
-                return ahead[at : at + 1]
-            self._deviated = True
-        return self.model.step(token, self.placed)
-
-
 def generate(
-    model: Model,
-    logits: Tensor,  # (vocab,) of the first token
-    placed: PlacedCache,
+    run: Run,
     prompt: Tensor,  # (tokens,) ids of the whole prompt, for repetition penalties
     max_new_tokens: int,
     settings: Settings | None = None,
     on_first: Callable[[], None] = lambda: None,
     streamer: Any = None,
     tokenizer: Any = None,
-    following: Scores | None = None,
     **options: Any,
 ) -> tuple[int, ...]:
-    """Generate tokens into a placed cache that has room for them; greedy by default.
+    """Generate tokens after a plan that was run with room for them; greedy by default.
 
     `streamer.put` gets every token; `tokenizer` is needed for stop strings; `options` are used if there are no settings."""
-    following = following or Scores(model, placed)
+    model = run.model
     settings = settings or Settings.of(model.hf, options)
     config = settings.up_to(max_new_tokens)
     seeded = None if settings.seed is None else torch.Generator(model.shape.device).manual_seed(settings.seed)
@@ -134,7 +101,7 @@ def generate(
     length = ids.shape[1]
 
     def loop(hf: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
-        scores = logits[None].to(input_ids.device)
+        scores = run.logits[None].to(input_ids.device)
         while True:
             token = _pick(logits_processor(input_ids, scores), bool(config.do_sample), seeded)
             if input_ids.shape[1] == length:
@@ -144,7 +111,7 @@ def generate(
                 streamer.put(token[0].cpu())
             if bool(stopping_criteria(input_ids, None).all()):
                 return input_ids
-            scores = following.after(token)
+            scores = run.step(token)
 
     stopping = _stop_strings(config, tokenizer)
     try:

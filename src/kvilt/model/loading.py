@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvilt.errors import ModelError, SpecError
-from kvilt.model import support
+from kvilt.model import identity, proof, support
 from kvilt.model.identity import tokenizer_digest
 from kvilt.model.model import Model
 
@@ -37,7 +37,21 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Mo
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise ModelError(f"cannot load model {name!r}: its files lack weights that the model has: {missing} ...")
     hf.kvilt_unchanged = True  # weights are those of the files: their digest may be remembered
-    return Model(hf, tokenizer_digest(tokenizer)), tokenizer
+    return wrap(hf, tokenizer, getattr(config, "dtype", None)), tokenizer
+
+
+def wrap(hf: Any, tokenizer: Any, stored: torch.dtype | None = None) -> Model:
+    """A transformers model of one's own made ready to serve. Raises ModelError where it cannot be served exactly.
+
+    `stored` is the dtype in which documents are kept (default: the model's)."""
+    support.check_config(hf.config)
+    facts = proof.facts(hf)
+    own = None if identity.was_proved(hf, facts) else proof.own_logits(hf)  # with its own attention, so before wrapping
+    model = Model(hf, tokenizer_digest(tokenizer), stored)
+    if own is not None:
+        proof.check(model, own)
+        identity.note_proof(hf, facts)
+    return model
 
 
 def folder(name: str) -> str:

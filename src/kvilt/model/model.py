@@ -1,10 +1,11 @@
-"""A transformers model that can encode documents, run plans, probe and decode. It knows nothing of text or stores."""
+"""A transformers model that encodes documents and runs plans. It knows nothing of text or stores."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,41 +13,61 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvilt.errors import ModelError
-from kvilt.model import attention, identity, proof, support
-from kvilt.model.begun import beginning, decoder_layers
-from kvilt.model.pace import Pace
-from kvilt.model.placed import BufferPool, PlacedCache, Shape
-from kvilt.model.rope import rope_of
+from kvilt.model import attention, identity, support
+from kvilt.model.placing import BufferPool, PlacedCache, Shape
+from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
-from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, TensorLayers, digest_of
+from kvilt.rows.rows import TensorRows
+from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, digest_of
 
 OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
 
 
+@dataclass(eq=False)
+class Run:
+    """A plan that was computed: the logits of its last token (vocab,) float32, and the cache to decode with."""
+
+    model: Model
+    placed: PlacedCache
+    logits: Tensor
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes of the reused rows, as stored."""
+        return self.placed.bytes_loaded
+
+    def step(self, token: Tensor) -> Tensor:
+        """Append one token (1, 1); logits of the next, (1, vocab) float32."""
+        logits = self.peek(token[0])[-1:]
+        self.placed.advance(1)
+        return logits
+
+    def peek(self, tokens: Tensor) -> Tensor:
+        """Logits behind each of several tokens (tokens,), (tokens, vocab) float32; the run stays where it is."""
+        return self.model.after(tokens, self.placed)
+
+
 class Model:
-    """Wraps a causal language model of transformers.
+    """Wraps a causal language model of transformers; `loading.wrap` also proves that it may be wrapped.
 
-    Raises ModelError for architectures whose caches cannot be moved exactly. The model attends through Kvilt's own
-    attention function from then on, which equals its ordinary one."""
+    Raises ModelError for architectures whose keys cannot be placed exactly. The model attends through Kvilt's own attention
+    function from then on, which equals its ordinary one. `stored` is the dtype in which documents are kept (default: the
+    model's)."""
 
-    def __init__(self, hf: Any, tokenizer_digest: str = "") -> None:
+    def __init__(self, hf: Any, tokenizer_digest: str = "", stored: torch.dtype | None = None) -> None:
         support.check_config(hf.config)
         self.hf = hf.eval()
-        self.rope = rope_of(hf)
-        facts = proof.facts(hf)
-        own = None if identity.was_proved(hf, facts) else proof.own_logits(hf)
+        self.rotation = rotation_of(hf)
         attention.install(hf)
         config = hf.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.shape = Shape(config.num_hidden_layers, heads, head_dim, hf.dtype, hf.device)
-        self.pool, self.pace = BufferPool(self.shape), Pace()
+        self.stored = stored or hf.dtype
+        self.pool = BufferPool(self.shape)
         self.digest = identity.weights_digest(hf)
         self.tokenizer_digest = tokenizer_digest
-        self._configuration = digest_of(self.rope.identity, identity.config_digest(config))
-        if own is not None:
-            proof.check(self, own)
-            identity.note_proof(hf, facts)
+        self._configuration = digest_of(self.rotation.identity, identity.config_digest(config))
 
     @property
     def context_length(self) -> int:
@@ -55,15 +76,15 @@ class Model:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token."""
+        """Bytes of one token's keys and values as they are stored."""
         s = self.shape
-        return 2 * s.layers * s.heads * s.head_dim * s.dtype.itemsize
+        return 2 * s.layers * s.heads * s.head_dim * self.stored.itemsize
 
     def info(self, **more: Any) -> ModelInfo:
         """What strategies may know of this model."""
-        config, layer = self.hf.config, decoder_layers(self.hf)[1][0]
+        config, (_, layers) = self.hf.config, support.decoder_layers(self.hf)
         vocabulary, width = self.hf.get_input_embeddings().weight.shape
-        matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+        matrices = sum(p.numel() for p in layers[0].parameters() if p.dim() > 1)
         return ModelInfo(
             digest=self.digest,
             hidden_size=width,
@@ -80,15 +101,18 @@ class Model:
         weight = self.hf.get_input_embeddings().weight.detach().float()
         return float(weight.mean()), float(weight.std())
 
-    def key(self, tokens: Tensor, encoding: Encoding, compression: str = "") -> CacheKey:
+    def key(self, tokens: Tensor, encoding: Encoding, compression: str = "", namespace: str = "shared") -> CacheKey:
         """The content address of a document encoded by this model."""
-        identity = (
-            self.digest,
-            self.tokenizer_digest,
-            self._configuration,
-            str(self.shape.dtype).removeprefix("torch."),
+        return CacheKey(
+            model=self.digest,
+            tokenizer=self.tokenizer_digest,
+            rope=self._configuration,
+            dtype=str(self.stored).removeprefix("torch."),
+            encoding=encoding.digest,
+            compression=compression,
+            tokens=digest_of(tokens),
+            namespace=namespace,
         )
-        return CacheKey(*identity, encoding.digest, compression, digest_of(tokens))
 
     def embed(self, tokens: Tensor, learned: Tensor | None = None) -> Tensor:
         """Input embeddings of ids; ids below zero name rows of `learned` (id -1: row 0). (..., hidden)."""
@@ -111,73 +135,92 @@ class Model:
     def encode(self, documents: Sequence[Tensor], encoding: Encoding, compression: str = "") -> list[DocumentCache]:
         """Encode documents (ids, (tokens,) each) alone, in one causal pass over before + document + after.
 
-        Padding stands on the right, where no earlier token can see it. The pass runs at positions that put the document
-        itself at 0, so stored keys need no second rotation. With anchors a token sees its own chunk and earlier anchors,
-        and only the anchors' rows stay."""
+        Padding stands on the right, where no earlier token can see it. With anchors a token sees its own chunk and earlier
+        anchors, and only the anchors' rows stay. Rows have the dtype of the computation; keys lose their rotation."""
         caches = [encoding.cache(ids, self.key(ids, encoding, compression)) for ids in documents]
         batch = nn.utils.rnn.pad_sequence([c.tokens for c in caches], batch_first=True)  # (documents, longest)
         chunks = [c.chunks for c in caches if c.chunks is not None]
         mask = encoding_mask(nn.utils.rnn.pad_sequence(chunks, batch_first=True))[:, None] if chunks else None
-        store = _Capture()
-        positions = torch.arange(batch.shape[1], device=self.shape.device) - caches[0].dropped
+        captured = _Capture()
+        positions = torch.arange(batch.shape[1], device=self.shape.device)
         self._base(
             inputs_embeds=self.embed(batch, encoding.learned),
             position_ids=positions[None],
-            past_key_values=store,
+            past_key_values=captured,
             attention_mask=None if mask is None else mask.to(self.shape.device),
         )
-        return [replace(cache, layers=store.rows(i, cache)) for i, cache in enumerate(caches)]
+        return [replace(cache, rows=self._plain(captured.rows(i, at), at)) for i, cache, at in _kept(caches)]
 
-    @torch.no_grad()
-    def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> tuple[Tensor, PlacedCache]:
-        """Compute a plan in one pass: logits of the last token (vocab,) float32, and the cache to decode with.
+    def _plain(self, data: Tensor, positions: Tensor) -> TensorRows:
+        """Captured rows (layers, 2, heads, rows, head_dim), keys rotated to `positions`, as they are stored."""
+        angles = self.rotation.angles(positions, data.device)
+        self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
+        return TensorRows(data.cpu())
 
-        `room` rows are kept free for the answer. `overlap` loads layers from a second thread, ahead of the pass
-        (default: on CUDA, and where there is much to load)."""
-        placed = self._placed(plan, room, overlap)
-        try:
-            logits = self.forward(plan, placed, logits_to_keep=1)[0, -1].float()
-        except BaseException:
-            self._drop(placed)
-            raise
-        placed.finish()
-        return logits, placed
+    @contextmanager
+    def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> Iterator[Run]:
+        """Compute a plan in one pass; what it gives is there until the block ends.
 
-    @torch.no_grad()
-    def score(self, plan: Plan, last: int) -> Tensor:
-        """Logits of the plan's last `last` computed tokens, (last, vocab) float32."""
-        placed = self._placed(plan, 0, None)
-        try:
-            return self.forward(plan, placed, logits_to_keep=last)[0].float()
-        finally:
-            self._drop(placed)
+        `room` rows are kept free for the answer. `overlap` loads layers from a second thread, ahead of the pass (default:
+        on CUDA, and where there is much to load)."""
+        with self.placed(plan, room) as placed:
+            worth = self.shape.device.type == "cuda" or placed.bytes_loaded >= OVERLAP_BYTES
+            if placed.pieces and (worth if overlap is None else overlap):
+                placed.load_ahead()
+            logits = self.forward(plan, placed, 1)[-1]
+            placed.finish()
+            yield Run(self, placed, logits)
+
+    @contextmanager
+    def placed(
+        self, plan: Plan, room: int = 0, stop: int | None = None, depth: int | None = None
+    ) -> Iterator[PlacedCache]:
+        """The one place where a plan's rows have a buffer; nothing loads into it any more when the block ends.
+
+        A pass that ends early says how many layers it needs (`depth`), or raises StopAtLayer once layer `stop` is there."""
+        with self.pool.lend(len(plan.positions) + room) as buffer:
+            placed = PlacedCache(plan, buffer, self.rotation, stop, depth)
+            try:
+                yield placed
+            finally:
+                placed.finish()
+
+    def score(self, plan: Plan, last: int | None = None) -> Tensor:
+        """Logits of the plan's last `last` computed tokens (default: all), (last, vocab) float32."""
+        with self.placed(plan) as placed:
+            return self.forward(plan, placed, len(plan.computed_rows) if last is None else last)
 
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
-        mask = dense.mask[None, None].to(self.shape.device)
-        positions = dense.positions[None].to(self.shape.device)
         with attention.using(attention.in_one(dense)):
             out = self.hf(
                 inputs_embeds=self.embed(dense.tokens, learned)[None],
-                position_ids=positions,
-                attention_mask=mask,
+                position_ids=dense.positions[None].to(self.shape.device),
+                attention_mask=dense.mask[None, None].to(self.shape.device),
                 use_cache=False,
             )
         return torch.as_tensor(out.logits[0, dense.computed]).float()
 
     @torch.no_grad()
-    def step(self, token: Tensor, placed: PlacedCache) -> Tensor:
-        """Append one token (1, 1) to a placed cache; logits of the next, (1, vocab) float32."""
-        position = torch.full((1, 1), placed.position, device=self.shape.device)
+    def forward(self, plan: Plan, placed: PlacedCache, last: int) -> Tensor:
+        """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (last, vocab) float32."""
+        mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
+        positions = plan.positions[plan.computed_rows].to(self.shape.device)
         with attention.using(placed.attention):
-            out = self.hf(input_ids=token, position_ids=position, past_key_values=placed, use_cache=True)
-        placed.advance(1)
-        return torch.as_tensor(out.logits[:, -1]).float()
+            out = self.hf(
+                inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
+                position_ids=positions[None],
+                past_key_values=placed,
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+        return torch.as_tensor(out.logits[0]).float()
 
     @torch.no_grad()
-    def ahead(self, tokens: Tensor, placed: PlacedCache) -> Tensor:
-        """Logits after each of several tokens (tokens,) behind a placed cache, (tokens, vocab) float32.
+    def after(self, tokens: Tensor, placed: PlacedCache) -> Tensor:
+        """Logits behind each of several tokens (tokens,) appended to a placed cache, (tokens, vocab) float32.
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
         positions = placed.position + torch.arange(len(tokens), device=self.shape.device)
@@ -190,37 +233,6 @@ class Model:
             )
         return torch.as_tensor(out.logits[0]).float()
 
-    def _placed(self, plan: Plan, room: int, overlap: bool | None) -> PlacedCache:
-        placed = PlacedCache(plan, self.pool.take(len(plan.positions) + room), self.rope)
-        worth = self.shape.device.type == "cuda" or placed.bytes_loaded >= OVERLAP_BYTES
-        if placed.pieces and (worth if overlap is None else overlap):
-            placed.load_ahead()
-        return placed
-
-    def _drop(self, placed: PlacedCache) -> None:
-        """Hand the buffer back, but never while a thread still loads into it."""
-        placed.finish()
-        self.pool.give(placed.buffer)
-
-    def forward(self, plan: Plan, placed: PlacedCache, logits_to_keep: int) -> Tensor:
-        """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (1, kept, vocab).
-
-        Layers that the plan has begun with are not run again."""
-        rows = plan.computed_rows
-        mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
-        with attention.using(placed.attention), beginning(self.hf, plan.begun) as hf:
-            for layer, (keys, values) in enumerate(plan.begun.rows if plan.begun else ()):
-                placed.update(keys[None], values[None], layer)
-            out = hf(
-                inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
-                position_ids=plan.positions[rows][None].to(self.shape.device),
-                past_key_values=placed,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            )
-        return torch.as_tensor(out.logits)
-
     @property
     def _base(self) -> Callable[..., Any]:
         """The model without its head: encoding needs no logits."""
@@ -228,26 +240,35 @@ class Model:
         return base
 
 
+def _kept(caches: Sequence[DocumentCache]) -> Iterator[tuple[int, DocumentCache, Tensor]]:
+    """Of each document of a batch: its number, its cache, and which of its run tokens leave rows, (rows,)."""
+    for i, cache in enumerate(caches):
+        yield i, cache, cache.dropped + cache.offsets
+
+
 class _Capture(Cache):
     """Collects the keys and values of one pass without copying them."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers_seen: list[tuple[Tensor, Tensor]] = []  # (documents, heads, tokens, head_dim) each
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.keys.append(key_states)
-        self.values.append(value_states)
+        self.layers_seen.append((key_states, value_states))
         return key_states, value_states
 
-    def rows(self, i: int, cache: DocumentCache) -> TensorLayers:
-        """The rows that stay of the batch's document `i`, in memory of their own."""
-        at = cache.dropped + cache.offsets
-        keys, values = (tuple(t[i][:, at].cpu().contiguous() for t in side) for side in (self.keys, self.values))
-        return TensorLayers(keys, values)
+    def rows(self, document: int, at: Tensor) -> Tensor:
+        """One document's rows at the run tokens `at`, in memory of their own, (layers, 2, heads, rows, head_dim)."""
+        keys, _ = self.layers_seen[0]
+        _, heads, _, dim = keys.shape
+        out = torch.empty(len(self.layers_seen), 2, heads, len(at), dim, dtype=keys.dtype, device=keys.device)
+        at = at.to(keys.device)
+        for layer, sides in enumerate(self.layers_seen):
+            for side, states in enumerate(sides):
+                torch.index_select(states[document], 1, at, out=out[layer, side])
+        return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -4,7 +4,7 @@ Config fields name the architectures that are known to be unfit; this finds the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from kvilt import __version__
 from kvilt.errors import ModelError
+from kvilt.model.model import Model
 from kvilt.plan import Layout
 from kvilt.types import DocumentCache, Encoding, Prompt
-
-if TYPE_CHECKING:
-    from kvilt.model.model import Model
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # on logits, relative to their largest
 LENGTH, ENCODED, AWAY = 8, 5, 9  # tokens of the trial, those encoded as a document, and how far it is moved
@@ -58,10 +56,10 @@ def _reused(model: Model, ids: Tensor) -> Tensor:
     none = torch.zeros(0, dtype=torch.long)
     nothing = DocumentCache(none, none, 0, cache.key)
     layout = Layout(Prompt(nothing, (cache,), ids[ENCODED:-1])).reuse(cache, at=AWAY)
-    _, placed = model.run(layout.ask().plan(), room=1)
-    found = model.step(ids[-1:][None].to(model.shape.device), placed)[0]
+    with model.run(layout.ask().plan(), room=1) as run:
+        logits = run.step(ids[-1:][None].to(model.shape.device))[0]
     model.pool.clear()
-    return found
+    return logits
 
 
 def _ids(vocabulary: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from kvilt.errors import ModelError
 from kvilt.model.rope import check_rope_type
 
@@ -91,6 +93,14 @@ def _value(config: Any, field: str) -> Any:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def decoder_layers(hf: Any) -> tuple[str, nn.ModuleList]:
+    """A model's decoder layers and where they are. Raises ModelError where they are not found."""
+    for name, module in hf.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == hf.config.num_hidden_layers:
+            return name, module
+    raise ModelError(f"{hf.config.model_type}: decoder layers not found.")
 
 
 def linear_cost(config: Any, parameters_per_layer: int) -> float:

@@ -1,12 +1,12 @@
-"""Codecs: keys and values in fewer bits. Stores keep and verify what a codec made; it is decoded while rows are placed.
+"""Codecs: keys and values in fewer bits, decoded while rows are placed.
 
 Numbers share a scale in blocks: keys of one channel over the rows, values of one row over the channels (KIVI, arXiv 2402.02750).
-Keys are held without any rotation, since a channel that turns with the position has no scale of its own."""
+That works because keys are stored without rotation: a channel that turns with the position has no scale of its own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from kvilt.errors import ModelError
-from kvilt.types import Layers, Which
+from kvilt.types import Rows
 
-AXIS: dict[Which, int] = {"keys": 1, "values": 2}  # along which numbers of (heads, rows, head_dim) share a scale
-MARGIN = 2**-8  # grids are bfloat16: rounding one must not make its block's range smaller
+SIDES = (("scales_keys", -2), ("scales_values", -1))  # along which axis of (..., rows, head_dim) numbers share a scale
+MARGIN = 2**-8  # scales are bfloat16: rounding one must not make its block's range smaller
 TINY = 1e-30
-GRID = ".grid"  # stands beside each tensor of numbers
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """Holds x as q where x = low + q * step; each block's step, and low unless it is 0, stand in a bfloat16 grid."""
+    """Holds x as q where x = low + q * step; each block's step, and low unless it is 0, are its bfloat16 scales."""
 
     kind: ClassVar[str] = "numbers"
     name: ClassVar[str]
@@ -50,43 +47,40 @@ class Codec(ABC):
         """As they are stored -> one number to an element."""
         return stored
 
-    def pack(self, rows: Tensor, which: Which) -> tuple[Tensor, Tensor]:
-        """Numbers as stored, and grid, of one layer's (heads, rows, head_dim)."""
-        rows, axis = rows.float(), AXIS[which]
-        shape, size = list(rows.shape), self.block or max(rows.shape[AXIS[which]], 1)
-        shape[axis] = -(-rows.shape[axis] // size)
-        grid = torch.zeros(1 + self.has_low, *shape, dtype=torch.bfloat16)
-        numbers = torch.empty(rows.shape, dtype=self.dtype)
-        for x, q, (step, *low) in _blocks(axis, size, grid, rows, numbers):
-            least, most = x.amin(axis + 1, keepdim=True), x.amax(axis + 1, keepdim=True)
-            for into in low:
-                least = into.copy_(least - least.abs() * MARGIN).float()
-                x = x - least
-            step.copy_((self.step(least, most) * (1 + MARGIN)).clamp(min=TINY))
-            q.copy_(self.encode(x / step.float()))
-        return self.squeeze(numbers), grid
+    def quantise(self, rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Numbers as stored, and scales (layers, 1 or 2, heads, ...), of rows (layers, heads, rows, head_dim)."""
+        x = self._split(rows.float(), axis)
+        low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+        scales = []
+        if self.has_low:
+            low = (low - low.abs() * MARGIN).bfloat16()
+            scales, x = [low], x - low.float()
+        step = (self.step(low.float(), high) * (1 + MARGIN)).clamp(min=TINY).bfloat16()
+        numbers = self._join(self.encode(x / step.float()).to(self.dtype), axis, rows.shape[axis])
+        return self.squeeze(numbers), torch.stack([s.squeeze(axis) for s in (step, *scales)], 1)
 
-    def unpack(self, stored: Tensor, grid: Tensor, which: Which, out: Tensor | None = None) -> Tensor:
-        """What `pack` was given, each number within a step; float32, or of `out`'s dtype if that is given."""
-        numbers, axis = self.spread(stored), AXIS[which]
-        fits = out is not None and out.dtype == torch.float32
-        exact = out if out is not None and fits else torch.empty(numbers.shape, device=numbers.device)
-        size = self.block or max(numbers.shape[axis], 1)
-        for x, q, (step, *low) in _blocks(axis, size, grid.float(), exact, numbers):
-            x.copy_(q).mul_(step)
-            for least in low:
-                x.add_(least)
-        return exact if out is None or exact is out else out.copy_(exact)
+    def dequantise(self, stored: Tensor, scales: Tensor, axis: int) -> Tensor:
+        """What `quantise` was given, each number within a step, float32."""
+        numbers = self.spread(stored)
+        x = self._split(numbers, axis).float()
+        step, *low = (s.unsqueeze(axis) for s in scales.float().unbind(1))
+        x = x.mul_(step) if x.dtype != numbers.dtype else x * step
+        return self._join(x.add_(low[0]) if low else x, axis, numbers.shape[axis])
 
+    def _split(self, rows: Tensor, axis: int) -> Tensor:
+        """Rows with `axis` cut into (blocks, size); the last block is filled up with copies of its last number."""
+        count = rows.shape[axis]
+        size = self.block or max(count, 1)
+        if short := -count % size:
+            last = rows.narrow(axis, count - 1, 1)
+            rows = torch.cat(
+                [rows, last.expand([short if i == rows.dim() + axis else n for i, n in enumerate(rows.shape)])], axis
+            )
+        return rows.unflatten(axis, (-(-count // size), size))
 
-def _blocks(axis: int, size: int, grid: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Views of the whole blocks, then of what is left over: rows (..., blocks, size, ...), grid (..., blocks, 1, ...)."""
-    whole, left = divmod(rows[0].shape[axis], size)
-    for first, count, length in ((0, whole, size), (whole, 1, left)):
-        if count and length:
-            split = [count, length]
-            x, q = (torch.unflatten(t.narrow(axis, first * size, count * length), axis, split) for t in rows)
-            yield x, q, grid.narrow(axis + 1, first, count).unsqueeze(axis + 2).unbind()
+    def _join(self, blocks: Tensor, axis: int, count: int) -> Tensor:
+        """The inverse of `_split`."""
+        return blocks.flatten(axis - 1, axis).narrow(axis, 0, count)
 
 
 @dataclass(frozen=True)
@@ -130,77 +124,52 @@ class Fp8(Codec):
     def step(self, low: Tensor, high: Tensor) -> Tensor:
         return torch.maximum(low.abs(), high.abs()) / torch.finfo(self.dtype).max
 
-    def encode(self, scaled: Tensor) -> Tensor:
-        return scaled.to(self.dtype)
-
     def spread(self, stored: Tensor) -> Tensor:
         """Through float16, whose exponent counts from another place: exact, and four times as fast on a CPU."""
         bits = stored.view(torch.uint8).to(torch.int16)
         return ((bits & 0x7F) << 7 | (bits & 0x80) << 8).view(torch.float16).float() * 256
 
+    def encode(self, scaled: Tensor) -> Tensor:
+        return scaled
+
 
 CODECS: dict[str, Codec] = {c.name: c for c in (Int8(), Int4(), Fp8())}
 
 
-class Packed(ABC):
-    """Layers held by a codec. Their keys are not rotated at all: `rope.Turned` reads them as everybody expects them."""
+@dataclass(frozen=True, eq=False)
+class QuantisedRows:
+    """Rows held by a codec: numbers (layers, 2, heads, rows, stored head_dim) and the scales of each side.
+
+    `part(name, layers)` gives some layers of "rows", "scales_keys" or "scales_values", from memory or from a file."""
 
     codec: Codec
+    shape: tuple[int, int, int, int]
+    nbytes: int
+    part: Callable[[str, slice], Tensor]
 
-    @property
-    @abstractmethod
-    def specs(self) -> Mapping[str, Spec]:
-        """Dtype and shape of every tensor, grids included."""
-
-    @abstractmethod
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """One tensor as it is stored; the next read may overwrite it."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(layers, heads, rows, head_dim)."""
-        (heads, rows, _), layers = self.specs["keys.0"][1], len(self.specs) // 4
-        return layers, heads, rows, self.specs[f"keys.0{GRID}"][1][-1]
+    @classmethod
+    def of(cls, rows: Rows, codec: Codec) -> QuantisedRows:
+        """Quantise rows of any kind, in memory."""
+        layers, heads, count, dim = rows.shape
+        data = torch.empty(layers, 2, heads, count, dim)
+        rows.read(slice(None), data)
+        numbers, scales = zip(*(codec.quantise(data[:, i], axis) for i, (_, axis) in enumerate(SIDES)), strict=True)
+        parts = {"rows": torch.stack(numbers, 1), **{name: s for (name, _), s in zip(SIDES, scales, strict=True)}}
+        size = sum(part.nbytes for part in parts.values())
+        return cls(codec, rows.shape, size, lambda name, layers: parts[name][layers])
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `fetch` returns: rows are rounded to the model's dtype only once, where they are placed."""
+        """Rows are rounded to the model's dtype only where they are placed."""
         return torch.float32
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.specs.values())
+    def parts(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name, in the order of the file."""
+        return {name: self.part(name, slice(None)) for name in ("rows", *(name for name, _ in SIDES))}
 
-    def fetch(self, layer: int, which: Which, out: Tensor | None = None, device: torch.device | None = None) -> Tensor:
-        """The decoded rows of one layer, keys without rotation; on `device`, where they are decoded, or in `out`."""
-        name = f"{which}.{layer}"
-        where = device or torch.device("cpu")
-        grid = self.read(name + GRID).to(where, copy=True)
-        return self.codec.unpack(self.read(name).to(where), grid, which, out)
-
-
-class PackedLayers(Packed):
-    """Packed rows in memory."""
-
-    def __init__(self, codec: Codec, parts: Mapping[str, Tensor]) -> None:
-        self.codec, self.parts = codec, parts
-        self._specs = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-
-    @property
-    def specs(self) -> Mapping[str, Spec]:
-        return self._specs
-
-    @classmethod
-    def of(cls, layers: Layers, codec: Codec, unturn: Callable[[Tensor], Tensor]) -> PackedLayers:
-        """Pack layers; `unturn` takes the rotation from keys, in float32."""
-        parts = {}
-        for layer in range(layers.shape[0]):
-            for which in AXIS:
-                rows = layers.fetch(layer, which).float()
-                rows = unturn(rows) if which == "keys" else rows
-                parts[f"{which}.{layer}"], parts[f"{which}.{layer}{GRID}"] = codec.pack(rows, which)
-        return cls(codec, parts)
-
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        return self.parts[name] if out is None else out.copy_(self.parts[name])
+    def read(self, layers: slice, out: Tensor) -> None:
+        """Dequantise some layers into `out` (layers, 2, heads, rows, head_dim), on the device where it lies."""
+        numbers = self.part("rows", layers).to(out.device)  # fewer bytes to upload than decoded rows
+        for side, (name, axis) in enumerate(SIDES):
+            scales = self.part(name, layers).to(out.device)
+            out[:, side] = self.codec.dequantise(numbers[:, side], scales, axis)

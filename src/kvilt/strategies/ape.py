@@ -66,6 +66,10 @@ class Ape(Strategy):
             if not _usable(getattr(self, name)):
                 raise SpecError(f"option {name} wants a number above 0, not {getattr(self, name)}.")
 
+    @property
+    def shares_positions(self) -> bool:
+        return True
+
     def bind(self, info: ModelInfo) -> Self:
         """Take the system part as shared prefix, and the profile's numbers if there is one."""
         numbers = given = (self.temperature, self.scale)
@@ -79,11 +83,11 @@ class Ape(Strategy):
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Documents are reused side by side; those that are never stored, and the question, are computed after them."""
         layout = begin(prompt)
-        stored = [d for d in prompt.documents if d.layers is not None]
+        stored = [d for d in prompt.documents if d.rows is not None]
         for document in stored:
             layout.reuse(document, at=prompt.system.length)
         for document in prompt.documents:
-            if document.layers is None:
+            if document.rows is None:
                 layout.compute(document.placed_tokens, name="document")
         return layout.ask().plan(context=ContextScaling(self.temperature, self.scale))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from kvilt.errors import SpecError
@@ -14,13 +15,10 @@ from kvilt.types import DocumentCache, Encoding, ModelInfo, Prompt
 
 
 class Probe(Protocol):
-    """What a strategy may look at before it decides. What it looks at is charged to the answer."""
+    """The probe passes that a strategy may run before it decides. They are charged to the answer."""
 
     def layers(self, plan: Plan, count: int) -> list[DocumentCache]:
-        """What the lowest `count` layers hold for each of a plan's segments, keys moved back to position 0."""
-
-    def begun(self, plan: Plan) -> Plan:
-        """The plan without layer 0's work where `layers` has done it for all its computed tokens."""
+        """What the lowest `count` layers hold for each of a plan's segments, as caches of their own."""
 
     def attention(
         self, plan: Plan, layers: Sequence[int], pool: Literal["mean", "max", "norm"] = "mean", last: int | None = None
@@ -28,13 +26,10 @@ class Probe(Protocol):
         """Attention that each row of a plan gets from its last `last` computed tokens (default: all), (layers, rows)."""
 
     def queries(self, plan: Plan, layers: Sequence[int]) -> list[Tensor]:
-        """A plan's computed tokens' queries in some layers, moved to position 0, (heads, computed, head_dim) each."""
-
-    def seconds(self, plan: Plan) -> float:
-        """Predicted seconds to a plan's first token on this machine; the same plan gets the same prediction."""
+        """A plan's computed tokens' queries in some layers without rotation, (heads, computed, head_dim) each."""
 
     def keys(self, cache: DocumentCache, layer: int) -> Tensor:
-        """A document's stored keys of a layer, each moved to position 0, (kv_heads, rows, head_dim) float32."""
+        """A document's stored keys of a layer, without rotation, (kv_heads, rows, head_dim) float32."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +40,19 @@ class Strategy:
 
     encoding: Encoding | None = field(default=Encoding(), repr=False, compare=False, kw_only=True)
 
+    @property
+    def shares_positions(self) -> bool:
+        """Whether documents stand side by side at the same positions instead of one after the other."""
+        return False
+
     def bind(self, info: ModelInfo) -> Self:
         """The strategy made ready for a model: ids and learned vectors looked up and checked."""
         return self
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
-        """Decide what is reused, what is computed and where it stands; `probe` runs plans in part, to look first."""
-        raise NotImplementedError
+        """Decide what is reused, what is computed and where it stands; unless a method says otherwise, system and
+        documents are reused one after the other and the question is computed. `probe` runs plans in part."""
+        return reuse_all(prompt).ask().plan(learned=self.encoding.learned if self.encoding else None)
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,13 @@ def reuse_all(prompt: Prompt) -> Layout:
     for document in prompt.documents:
         layout.reuse(document)
     return layout
+
+
+def has_exact_prefix(prompt: Prompt) -> bool:
+    """Whether the first document was encoded behind exactly what it now stands behind, and lost nothing since.
+
+    Its rows are then those of a full prefill: recomputing them changes nothing."""
+    first = prompt.documents[0] if prompt.documents else None
+    if first is None or first.rows is None or not (first.is_lossless and prompt.system.is_lossless):
+        return False
+    return torch.equal(first.tokens[: first.dropped], prompt.system.placed_tokens)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kvilt.errors import SpecError
-from kvilt.plan import Plan
+from kvilt.rows.rows import whole
 from kvilt.strategies.base import Probe
-from kvilt.strategies.selection import Selective, candidates, lay, share, split, top
-from kvilt.types import DocumentCache, Prompt, Which
+from kvilt.strategies.selection import Selective, candidates, lay, recomputable, share, split, top
+from kvilt.types import DocumentCache, Prompt
 
-SCORES: dict[str, tuple[Which, ...]] = {"kv": ("keys", "values"), "v": ("values",)}
+SCORES = {"kv": (0, 1), "v": (1,)}  # sides of the rows: keys, values
 STEP = 0.1  # gradual filtering: each stage before the last keeps this share of `ratio` more
 
 
@@ -37,6 +37,8 @@ class CacheBlend(Selective):
 
     def select(self, prompt: Prompt, probe: Probe) -> Tensor:
         """The tokens that deviate most, (places,) bool."""
+        if self.ratio == 1:
+            return recomputable(prompt)
         among = kept = candidates(prompt)
         for stage in range(1, self.stages + 1):
             count = share(min(1.0, self.ratio * (1 + STEP * (self.stages - stage))), among)
@@ -46,24 +48,20 @@ class CacheBlend(Selective):
                 kept = top(self._deviation(prompt, probe, kept, stage), kept, count)
         return kept
 
-    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
-        """The selected tokens and the question are computed from layer 1 on, where the look ends; all else is reused."""
-        return probe.begun(super().plan(prompt, probe))
-
     def _deviation(self, prompt: Prompt, probe: Probe, fresh: Tensor, layer: int) -> Tensor:
         """How far the fresh rows of a layer are from the stored ones, (places,) float32."""
-        seen = probe.layers(probe.begun(lay(prompt, fresh).ask().plan()), layer + 1)[1:]  # without the system part
+        seen = probe.layers(lay(prompt, fresh).ask().plan(), layer + 1)[1:]  # without the system part
         parts = zip(seen, prompt.documents, split(prompt, fresh), strict=False)  # nor the question
         return torch.cat([distance(f, d, SCORES[self.score]) if m.any() else m.float() for f, d, m in parts])
 
 
-def distance(fresh: DocumentCache, document: DocumentCache, sides: tuple[Which, ...]) -> Tensor:
+def distance(fresh: DocumentCache, document: DocumentCache, sides: tuple[int, ...]) -> Tensor:
     """Squared distance of each place's fresh row from its stored one in the highest layer of `fresh`, (length,) float32."""
-    assert fresh.layers is not None
-    assert document.layers is not None
-    layer, found = fresh.layers.shape[0] - 1, torch.zeros(document.length)
-    for side in sides:
-        new = fresh.layers.fetch(layer, side).float()  # (heads, rows, head_dim)
-        old = document.layers.fetch(layer, side).to(new)
-        found[document.offsets] += (new - old).square().sum((0, 2)).cpu()
-    return found
+    distances = torch.zeros(document.length)
+    if fresh.rows is None or document.rows is None:
+        return distances
+    layer = fresh.rows.shape[0] - 1
+    new, old = (whole(rows, slice(layer, layer + 1))[0].float().cpu() for rows in (fresh.rows, document.rows))
+    chosen = list(sides)  # of (2, heads, rows, head_dim)
+    distances[document.offsets] = (new[chosen] - old[chosen]).square().sum((0, 1, 3))
+    return distances

@@ -9,7 +9,7 @@ import torch
 
 from kvilt.errors import SpecError
 from kvilt.plan import Plan
-from kvilt.strategies.base import Plain, Probe, begin, sink_tokens
+from kvilt.strategies.base import Plain, Probe, begin, has_exact_prefix, sink_tokens
 from kvilt.types import Encoding, ModelInfo, Prompt
 
 LEGOLINK_0_SINK = "4"  # LegoLink-0 encodes behind four dummy tokens instead of recomputing
@@ -17,7 +17,7 @@ LEGOLINK_0_SINK = "4"  # LegoLink-0 encodes behind four dummy tokens instead of 
 
 @dataclass(frozen=True)
 class Epic(Plain):
-    """LegoLink-k: the first `tokens` tokens of every document that is not the prompt's prefix are recomputed.
+    """LegoLink-k: the first `tokens` tokens of every document that is not the prompt's exact prefix are recomputed.
 
     LegoLink-0 recomputes nothing and encodes every document behind four BOS tokens, whose rows are dropped."""
 
@@ -34,8 +34,8 @@ class Epic(Plain):
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """The first tokens of every document and the question are computed."""
-        layout = begin(prompt)
-        for document in prompt.documents:
+        layout, exact = begin(prompt), has_exact_prefix(prompt)
+        for number, document in enumerate(prompt.documents):
             first = torch.arange(document.length) < self.tokens
-            layout.reuse(document, fresh=first if layout.at > 0 else None)
+            layout.reuse(document, fresh=None if exact and number == 0 else first)
         return layout.ask().plan()

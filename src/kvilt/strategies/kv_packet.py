@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from kvilt.errors import SpecError
-from kvilt.plan import Plan
-from kvilt.strategies.base import Probe, Strategy, reuse_all
+from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
-from kvilt.types import ModelInfo, Prompt
+from kvilt.types import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,3 @@ class KVPacket(Strategy):
     def holding(self, wrapper: Wrapper) -> Self:
         """The strategy with a wrapper's vectors; trainers call it with the vectors they train."""
         return replace(self, encoding=wrapper.encoding())
-
-    def plan(self, prompt: Prompt, probe: Probe) -> Plan:
-        """System and packets are reused, the question is computed."""
-        return reuse_all(prompt).ask().plan(learned=self.encoding.learned if self.encoding else None)

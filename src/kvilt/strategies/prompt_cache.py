@@ -54,6 +54,9 @@ class PromptCache(Plain):
             raise PromptError(
                 f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}."
             )
+        twice = [n for n in dict.fromkeys(prompt.names) if prompt.names.count(n) > 1]
+        if twice:
+            raise PromptError(f"prompt_cache: module {twice[0]!r} stands twice in the prompt: it has one place alone.")
         chosen = {modules[n][0]: n for n in prompt.names}
         for name in prompt.names:
             if chosen[modules[name][0]] != name:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvilt.errors import SpecError
 from kvilt.plan import Layout, Plan
+from kvilt.rows.rows import select
 from kvilt.strategies.base import Plain, Probe, begin
 from kvilt.strategies.selection import candidates, layer_range, split
 from kvilt.types import DocumentCache, ModelInfo, Prompt
@@ -55,11 +56,11 @@ class SamKV(Plain):
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Kept tokens and the question are computed, dropped ones leave their places empty."""
-        stored = [d for d in prompt.documents if d.layers is not None]
+        stored = [d for d in prompt.documents if d.rows is not None]
         kept = iter(self._kept(prompt, stored, probe))
         layout = begin(prompt)
         for document, recomputable in zip(prompt.documents, split(prompt, candidates(prompt)), strict=True):
-            part = document.select(next(kept).nonzero()[:, 0]) if document.layers is not None else document
+            part = select(document, next(kept).nonzero()[:, 0]) if document.rows is not None else document
             fresh = torch.zeros_like(recomputable).index_fill(0, part.offsets, True) & recomputable
             layout.reuse(part, fresh)
         return replace(layout.ask().plan(), blend=self.theta if self.update == "fusion" else 1.0)
@@ -90,8 +91,8 @@ class SamKV(Plain):
         """The question's mean query over the anchors of all documents, (heads, head_dim) per layer."""
         layout, at, rest = begin(prompt), prompt.system.length, iter(groups)
         for document in prompt.documents:
-            if document.layers is not None:
-                layout.reuse(document.select((next(rest) == 0).nonzero()[:, 0]), at=at)
+            if document.rows is not None:
+                layout.reuse(select(document, (next(rest) == 0).nonzero()[:, 0]), at=at)
             at += document.length
         plan = layout.compute(prompt.question, at=at).plan()
         return [q.float().mean(1) for q in probe.queries(plan, layers)]

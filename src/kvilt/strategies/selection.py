@@ -1,6 +1,6 @@
 """What methods that recompute a share of the documents' tokens have in common.
 
-They look at something cheap, score every token, and compute the best ones at their places in the prompt, in one pass through
+They run a cheap probe pass, score every token, and compute the best ones at their places in the prompt, in one pass through
 all layers with the question. Papers that compute "layer 0 for all tokens" first get the same: keys and values of layer 0
 depend on a token and its position alone, so those of a moved document are exact already, and no selected token reads more
 of layer 0 than that. A document that is the prompt's exact prefix is never recomputed.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvilt.errors import SpecError
 from kvilt.plan import Layout, Plan
-from kvilt.strategies.base import Plain, Probe, begin, reuse_all
-from kvilt.types import DocumentCache, ModelInfo, Prompt
+from kvilt.strategies.base import Plain, Probe, begin, has_exact_prefix, reuse_all
+from kvilt.types import ModelInfo, Prompt
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Selective(Plain):
 
     def select(self, prompt: Prompt, probe: Probe) -> Tensor:
         """The places to compute, (places,) bool; nothing is looked at where that decides nothing."""
+        if self.ratio == 1:
+            return recomputable(prompt)
         among = candidates(prompt)
         count = share(self.ratio, among)
         if count in (0, int(among.sum())):
@@ -53,17 +55,20 @@ class Selective(Plain):
         return lay(prompt, self.select(prompt, probe)).ask().plan()
 
 
-def candidates(prompt: Prompt) -> Tensor:
-    """The places that can be recomputed: stored, no learned vectors, not part of the prompt's exact prefix, (places,) bool."""
-    masks = [s.stored & (s.tokens >= 0) for s in reuse_all(prompt).segments[1:]]
-    if masks and _is_prefix(prompt.documents[0], prompt):
+def recomputable(prompt: Prompt) -> Tensor:
+    """The places of stored documents that recomputing can make better, (places,) bool.
+
+    No learned vectors, and not the prompt's exact prefix; places whose rows a press has dropped are among them."""
+    masks = [(d.placed_tokens >= 0) & (d.rows is not None) for d in prompt.documents]
+    if has_exact_prefix(prompt):
         masks[0] = torch.zeros_like(masks[0])
     return torch.cat([torch.zeros(0, dtype=torch.bool), *masks])
 
 
-def _is_prefix(document: DocumentCache, prompt: Prompt) -> bool:
-    """Whether the first document was encoded behind exactly what it now stands behind."""
-    return torch.equal(document.tokens[: document.dropped], prompt.system.placed_tokens)
+def candidates(prompt: Prompt) -> Tensor:
+    """The recomputable places that have a row to be better than, (places,) bool."""
+    stored = [s.stored for s in reuse_all(prompt).segments[1:]]
+    return recomputable(prompt) & torch.cat([torch.zeros(0, dtype=torch.bool), *stored])
 
 
 def share(ratio: float, among: Tensor) -> int:

@@ -28,6 +28,10 @@ class TurboRAG(Strategy):
         if self.positions not in POSITIONS:
             raise SpecError(f"option positions wants {' or '.join(POSITIONS)}, not {self.positions!r}.")
 
+    @property
+    def shares_positions(self) -> bool:
+        return self.positions == "composite"
+
     def bind(self, info: ModelInfo) -> Self:
         """Resolve the markers."""
         given, free = (self.start, self.end), info.reserved[:2]
@@ -47,12 +51,12 @@ class TurboRAG(Strategy):
         Markers are no part of the ordinary prompt that costs are counted in. With composite positions a document that
         is never stored stands after the others."""
         layout, composite = begin(prompt), self.positions == "composite"
-        for document in sorted(prompt.documents, key=lambda d: composite and d.layers is None):
-            if document.layers is None:
+        for document in sorted(prompt.documents, key=lambda d: composite and d.rows is None):
+            if document.rows is None:
                 around = (self.encoding or Encoding()).cache(document.placed_tokens, document.key)
                 layout.compute(around.tokens, name="document")
             else:
                 layout.reuse(document, at=prompt.system.length if composite else None)
-        markers = 2 * sum(d.layers is not None for d in prompt.documents)
+        markers = 2 * sum(d.rows is not None for d in prompt.documents)
         plan = layout.ask().plan()
         return replace(plan, baseline=plan.baseline - markers)

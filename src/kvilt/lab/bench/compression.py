@@ -13,10 +13,11 @@ from kvilt.engine.encoder import Encoder
 from kvilt.engine.text import TextFormat
 from kvilt.lab.bench.timing import seconds, summary, take_turns
 from kvilt.model.model import Model
-from kvilt.model.placed import PlacedCache
+from kvilt.model.placing import PlacedCache
 from kvilt.plan import Plan, Segment
-from kvilt.stores.disk import DiskStore
-from kvilt.types import Document, DocumentCache, Encoding, Which
+from kvilt.rows.rows import whole
+from kvilt.stores.store import Store as DiskStore
+from kvilt.types import Document, DocumentCache, Encoding
 
 
 def measure(
@@ -30,10 +31,10 @@ def measure(
         store = DiskStore(str(folder))
         encoder = Encoder(model, text, store, Encoding(), compression=Compression.of(spec))
         encoder.encode(documents)
-        caches, _ = encoder.fetch(encoder.items(documents))
+        caches = encoder.make(encoder.items(documents))
         plain = plain or caches
         tokens = sum(c.length for c in plain)
-        errors = {f"{which}_error": _error(caches, plain, which) for which in ("keys", "values")}
+        errors = {f"{name}_error": _error(caches, plain, side) for side, name in enumerate(("keys", "values"))}
         rows[spec or "none"] = {"bytes_per_token": sum(c.nbytes for c in caches) / tokens, **errors}
         turns[spec or "none"] = _placing(model, _plan(caches))
     found = take_turns(turns, repeats + 1)  # the first round warms up
@@ -43,19 +44,18 @@ def measure(
     return {"dtype": str(model.shape.dtype), "tokens": tokens, "documents": len(documents), "rows": rows}
 
 
-def _error(caches: Sequence[DocumentCache], plain: Sequence[DocumentCache], which: Which) -> float | None:
+def _error(caches: Sequence[DocumentCache], plain: Sequence[DocumentCache], side: int) -> float | None:
     """Root mean square error of the kept rows over all layers, relative; None for shortened texts."""
-    off = whole = 0.0
+    off = total = 0.0
     for one, other in zip(caches, plain, strict=True):
-        assert one.layers is not None
-        assert other.layers is not None
+        assert one.rows is not None
+        assert other.rows is not None
         if not torch.equal(one.tokens, other.tokens):
             return None
-        for layer in range(one.layers.shape[0]):
-            wanted = other.layers.fetch(layer, which)[:, one.offsets].float()
-            off += float((one.layers.fetch(layer, which).float() - wanted).square().sum())
-            whole += float(wanted.square().sum())
-    return float((off / whole) ** 0.5)
+        wanted = whole(other.rows)[:, side, :, one.offsets].float()
+        off += float((whole(one.rows)[:, side].float() - wanted).square().sum())
+        total += float(wanted.square().sum())
+    return float((off / total) ** 0.5)
 
 
 def _plan(caches: Sequence[DocumentCache]) -> Plan:

@@ -20,10 +20,10 @@ from kvilt.engine.text import TextFormat
 from kvilt.lab.bench.models import collection, text_of, word_tokenizer
 from kvilt.lab.bench.timing import seconds, summary, take_turns
 from kvilt.model.model import Model
-from kvilt.model.placed import PlacedCache
+from kvilt.model.placing import PlacedCache
 from kvilt.plan import Plan
 from kvilt.registry import build
-from kvilt.stores.disk import DiskStore
+from kvilt.stores.store import Store as DiskStore
 from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document

@@ -19,9 +19,10 @@ from kvilt.errors import TrainError
 from kvilt.lab.train.data import Sample
 from kvilt.model.model import Model
 from kvilt.plan import Plan, Segment
+from kvilt.rows.rows import TensorRows
 from kvilt.strategies.base import Strategy
 from kvilt.strategies.full import FullRecompute
-from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, TensorLayers, digest_of
+from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, digest_of
 
 IGNORE = -100
 NOWHERE = CacheKey("", "", "", "", "", "", "")  # caches that are only planned have no address
@@ -29,7 +30,9 @@ NOWHERE = CacheKey("", "", "", "", "", "", "")  # caches that are only planned h
 
 def planned(ids: Tensor, encoding: Encoding) -> DocumentCache:
     """The cache that encoding `ids` (tokens,) would give, without its keys and values."""
-    return replace(encoding.cache(ids, NOWHERE), layers=TensorLayers((), ()))  # plans only ask whether there are any
+    return replace(
+        encoding.cache(ids, NOWHERE), rows=TensorRows(torch.zeros(0, 2, 0, 0, 0))
+    )  # plans only ask whether there are any
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class NoProbe:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TrainError("a strategy that probes the model has no fixed mask to train under.")
 
-    layers = begun = attention = queries = keys = seconds = _refuse
+    layers = attention = queries = keys = _refuse
 
 
 def parts_of(text: TextFormat, sample: Sample) -> Parts:

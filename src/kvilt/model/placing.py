@@ -1,0 +1,323 @@
+"""A plan's rows in one preallocated buffer: reused rows are read into it, keys are rotated there, decoding appends in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvilt.model.attention import TwoPart
+from kvilt.plan import Plan, Segment
+from kvilt.rows.rows import Rotation, TensorRows
+from kvilt.types import CacheKey, DocumentCache, Rows
+
+ROOM_STEP = 256  # capacities are rounded up, so that prompts of like length share a buffer
+GROUP_BYTES = (
+    16 << 20
+)  # rows of so many layers are placed at a time: few calls for small prompts, rows still in cache for large
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a model's cache."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class BufferPool:
+    """Keeps the last buffer that came back, so that steady traffic touches no fresh memory. Thread-safe."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._free: Tensor | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self, rows: int) -> Iterator[Tensor]:
+        """A buffer (layers, 2, heads, >= rows, head_dim) with undefined content, until the block ends."""
+        buffer = self._take(rows)
+        try:
+            yield buffer
+        finally:
+            with self._lock:
+                if self._free is None or self._free.shape[3] < buffer.shape[3]:
+                    self._free = buffer
+
+    def clear(self) -> None:
+        """Free the kept buffer."""
+        with self._lock:
+            self._free = None
+
+    def _take(self, rows: int) -> Tensor:
+        with self._lock:
+            kept, self._free = self._free, None
+        if kept is not None and kept.shape[3] >= rows:
+            return kept
+        del kept  # before the larger one is made: two placed caches at once would double the peak
+        s, rows = self.shape, -(-rows // ROOM_STEP) * ROOM_STEP
+        return torch.empty(s.layers, 2, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One segment's reused rows: where they are read, and which rows of the buffer they become."""
+
+    rows: Rows
+    into: slice | Tensor  # rows of the buffer; a tensor where they are scattered
+    source: Tensor | None  # which of the stored rows, None for all
+
+    @classmethod
+    def of(cls, segment: Segment, base: int, loaded: Tensor) -> Piece | None:
+        """The rows at the places `loaded`, (length,) bool, of a segment whose first row is `base`.
+
+        Recomputed rows inside a whole document are placed too and overwritten in the same layer: one long copy is faster
+        than many short ones."""
+        cache, places = segment.cache, segment.places
+        if cache is None or cache.rows is None or not bool(loaded.any()):
+            return None
+        if len(cache.offsets) == len(places):
+            return cls(cache.rows, slice(base, base + len(places)), None)
+        keep = loaded[cache.offsets]
+        return cls(cache.rows, base + torch.searchsorted(places, cache.offsets[keep]), keep.nonzero()[:, 0])
+
+    def place(self, layers: slice, buffer: Tensor, staging: Staging | None) -> None:
+        """Read some layers into the buffer (layers, 2, heads, capacity, head_dim) of those layers."""
+        if isinstance(self.into, slice) and self.source is None:
+            target = buffer[:, :, :, self.into]
+            if staging is None or not staging.takes(self.rows):
+                self.rows.read(layers, target)
+            else:
+                staging.upload(self.rows, layers, target)
+            return
+        count, block = len(buffer), self.rows.shape[1:]
+        rows = torch.empty(count, 2, *block, dtype=self.rows.dtype)  # read where stored rows lie, mostly the host
+        self.rows.read(layers, rows)
+        picked = rows if self.source is None else rows[:, :, :, self.source]
+        at = self.into if isinstance(self.into, slice) else self.into.to(buffer.device)
+        buffer[:, :, :, at] = picked.to(buffer.device, buffer.dtype)
+
+
+class Staging:
+    """Host buffers used in turn for uploads that do not wait; one is reused only when its last upload is through.
+
+    Memory is pinned and events are recorded on CUDA; on a CPU the same code runs with ordinary memory, for the tests."""
+
+    def __init__(self, size: int, device: torch.device, count: int = 4) -> None:
+        cuda = device.type == "cuda"
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(count)]
+        self._uploads: list[Any] = [torch.cuda.Event() if cuda else None for _ in range(count)]
+        self._at = 0
+
+    def takes(self, rows: Rows) -> bool:
+        """Whether rows are uploaded as they are stored; quantised ones are uploaded by themselves, in fewer bytes."""
+        layers, heads, count, dim = rows.shape
+        return rows.nbytes == 2 * layers * heads * count * dim * rows.dtype.itemsize
+
+    def upload(self, rows: Rows, layers: slice, target: Tensor) -> None:
+        """Read some layers and queue their upload into `target` (layers, 2, heads, rows, head_dim)."""
+        self._at = (self._at + 1) % len(self._buffers)
+        sent = self._uploads[self._at]
+        if sent is not None:
+            sent.synchronize()
+        size = len(target) * 2 * rows.shape[1] * rows.shape[2] * rows.shape[3] * rows.dtype.itemsize
+        stored = self._buffers[self._at][:size].view(rows.dtype).view(target.shape)
+        rows.read(layers, stored)
+        target.copy_(stored, non_blocking=True)
+        if sent is not None:
+            sent.record()
+
+
+class StopAtLayer(Exception):
+    """Raised inside a forward pass when a probe has seen enough."""
+
+
+class PlacedCache(Cache):
+    """The transformers cache of one running plan.
+
+    Rows lie in the order of the plan's segments. During the plan's pass, `update` places the reused rows of its layer and
+    writes the computed rows between them; afterwards it appends. `get_seq_length` is the next *position*, which is not
+    the number of rows when the plan has gaps, so transformers' own position arithmetic stays right."""
+
+    def __init__(
+        self, plan: Plan, buffer: Tensor, rotation: Rotation, stop: int | None = None, depth: int | None = None
+    ) -> None:
+        super().__init__(layers=[])
+        self.buffer, self.rotation, self.stop = buffer, rotation, stop
+        self.depth = depth or stop or len(buffer)  # layers that the pass reaches
+        self.length = len(plan.positions)
+        self.position = plan.end
+        self._plan: Plan | None = plan
+        self._ready = 0  # layers that are placed
+        self._loader: Loader | None = None
+        rows = plan.computed_rows
+        first = int(rows[0])
+        contiguous = int(rows[-1]) - first + 1 == len(rows)
+        self._rows: slice | Tensor = slice(first, first + len(rows)) if contiguous else rows.to(buffer.device)
+        self.attention = self._attention(plan)
+        self._blended = None if plan.blended is None else plan.blended[:, None].to(buffer.device)  # (computed, 1)
+        parts = zip(plan.segments, plan.bases, strict=True)
+        self.pieces = [p for s, base in parts if (p := Piece.of(s, base, plan.loaded(s))) is not None]
+        size = sum(p.rows.nbytes for p in self.pieces)
+        self.bytes_loaded = size  # as stored
+        self.group = max(1, min(len(buffer), GROUP_BYTES * len(buffer) // max(size, 1)))
+        behind = plan.is_suffix and plan.blended is None  # all that is loaded lies before what is computed
+        placed = plan.positions[:first] if behind else plan.positions  # computed rows between are overwritten
+        self._end = len(placed)
+        self._angles = rotation.angles(placed, buffer.device) if self.pieces else None
+
+    def _attention(self, plan: Plan) -> TwoPart | None:
+        """The hook that every pass over this cache needs, decoding included; None for plain attention."""
+        if plan.context is None or plan.context_rows is None:
+            return None
+        context = torch.zeros(self.capacity, dtype=torch.bool)  # appended rows are none of it
+        context[: self.length] = plan.context_rows
+        return TwoPart(plan.context, context.to(self.buffer.device))
+
+    def load_ahead(self) -> None:
+        """Place layers from another thread, ahead of the forward pass."""
+        self._loader = Loader(self)
+
+    def place(self, layers: slice, staging: Staging | None = None) -> None:
+        """Read some layers' reused rows into the buffer and rotate their keys to their positions, all in few calls."""
+        if self._angles is None:
+            return
+        buffer = self.buffer[layers]
+        for piece in self.pieces:
+            piece.place(layers, buffer, staging)
+        for keys in buffer[:, 0, :, : self._end].split(max(1, GROUP_BYTES // max(1, buffer[0, 0].nbytes))):
+            self.rotation.rotate(keys, self._angles, keys)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new rows of one layer; all rows so far, (1, heads, rows, head_dim) each."""
+        keys, values = self.buffer[layer_idx]
+        if self._plan is not None:
+            self._wait(layer_idx)
+            new = self._mix(keys, key_states[0]), self._mix(values, value_states[0])
+            keys[:, self._rows], values[:, self._rows] = new
+            if self.stop is not None and layer_idx + 1 >= self.stop:
+                raise StopAtLayer
+            return keys[None, :, : self.length], values[None, :, : self.length]
+        end = self.length + key_states.shape[2]
+        keys[:, self.length : end], values[:, self.length : end] = key_states[0], value_states[0]
+        return keys[None, :, :end], values[None, :, :end]
+
+    def _wait(self, layer: int) -> None:
+        """Return once a layer is placed."""
+        if self._loader is not None:
+            self._loader.wait(layer)
+        elif layer >= self._ready:
+            end = min(layer + self.group, self.depth)
+            self.place(slice(layer, end))
+            self._ready = end
+
+    def _mix(self, placed: Tensor, fresh: Tensor) -> Tensor:
+        """What the computed rows become, (heads, computed, head_dim): fresh, or mixed with what is placed there."""
+        if self._plan is None or self._blended is None:
+            return fresh
+        both = torch.lerp(placed[:, self._rows].float(), fresh.float(), self._plan.blend).to(fresh.dtype)
+        return torch.where(self._blended, both, fresh)  # elsewhere the buffer holds anything
+
+    def finish(self) -> None:
+        """End of the plan's pass: nothing loads any more, and from here on rows are appended."""
+        if self._loader is not None:
+            self._loader.stop()
+        self._plan, self._loader = None, None
+
+    def advance(self, tokens: int) -> None:
+        """Count appended rows once all layers have them."""
+        self.length += tokens
+        self.position += tokens
+
+    @property
+    def capacity(self) -> int:
+        """Rows the buffer has room for."""
+        return self.buffer.shape[3]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The next position."""
+        return self.position
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """Unused: masks are made from the plan."""
+        return self.length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Rows the buffer has room for."""
+        return self.capacity
+
+    def taken(self, segment: Segment, base: int, layers: int, key: CacheKey) -> DocumentCache:
+        """What the lowest layers now hold for a segment, as a cache of its own."""
+        data = self.buffer[:layers, :, :, base : base + len(segment.places)].clone()
+        angles = self.rotation.angles(segment.start + segment.places, data.device)
+        self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
+        return DocumentCache(segment.tokens, segment.places, segment.length, key, TensorRows(data))
+
+
+class Loader:
+    """Places layers from a thread; on CUDA through pinned memory and a stream of its own.
+
+    The forward pass waits for a layer only when it reaches it, so loading the next layers overlaps computing this one."""
+
+    def __init__(self, placed: PlacedCache, staged: bool | None = None) -> None:
+        self.placed = placed
+        device = placed.buffer.device
+        self.ready = [threading.Event() for _ in placed.buffer]
+        self.marks: list[Any] = [None for _ in placed.buffer]
+        self.error: BaseException | None = None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:  # the buffer may still be in use by the work queued before
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        self._staged = device.type == "cuda" if staged is None else staged
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="kvilt-loader", daemon=True)
+        self._thread.start()
+
+    def wait(self, layer: int) -> None:
+        """Return once a layer is placed, as far as work queued after this call can tell; re-raises what went wrong."""
+        self.ready[layer].wait()
+        if self.error is not None:
+            raise self.error
+        if self.marks[layer] is not None:
+            torch.cuda.current_stream(self.placed.buffer.device).wait_event(self.marks[layer])
+
+    def stop(self) -> None:
+        """Return when the thread has written its last byte: the buffer may then serve another prompt."""
+        self._stopped = True
+        self._thread.join()
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(self.stream):
+                self._place_all()
+        except BaseException as error:  # handed to the waiting thread, whatever it is
+            self.error = error
+        finally:
+            for event in self.ready:
+                event.set()
+
+    def _place_all(self) -> None:
+        count, group = len(self.placed.buffer), self.placed.group
+        sizes = [-(-p.rows.nbytes // count) * group for p in self.placed.pieces]
+        staging = Staging(max(sizes), self.placed.buffer.device) if self._staged and sizes else None
+        for first in range(0, count, group):
+            if self._stopped:
+                return
+            layers = slice(first, min(first + group, count))
+            self.placed.place(layers, staging)
+            for layer in range(count)[layers]:
+                self.marks[layer] = None if self.stream is None else self.stream.record_event()
+                self.ready[layer].set()
