@@ -21,7 +21,7 @@ from kvilt.rows.header import read_header
 from kvilt.stores.store import Entry
 from kvilt.stores.store import Store as CacheStore
 from kvilt.stores.store import Store as DiskStore
-from kvilt.stores.tiered import TieredStore
+from kvilt.stores.store import Store as TieredStore
 from kvilt.types import Document, DocumentCache, Encoding
 
 ENCODE = "kvilt encode"
@@ -145,7 +145,7 @@ def _aside(folder: Any) -> list[Finding]:
     return [Finding("note", what, f"{ENCODE} the documents again. If more keep coming, check the disk.")]
 
 
-def _index(store: DiskStore, folder: Folder) -> list[Finding]:
+def _index(store: DiskStore, folder: Any) -> list[Finding]:
     known = {entry.key for entry in store.entries()}
     files = set(folder.scan())
     if not files:
