@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, ids, off, prompt
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, ids, off, prompt
 from kvilt.errors import SpecError
 from kvilt.model import attention
 from kvilt.plan import ContextScaling, Plan, Segment

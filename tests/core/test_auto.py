@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, ids, layout, off, wrapper_file
 from kvilt.model.pace import Pace
 from kvilt.stores.memory import MemoryStore
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, ids, layout, off, wrapper_file
 from kvilt.check import gates
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError

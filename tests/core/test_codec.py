@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, cache_of, engine_of, ids, off, pruned
 from kvilt.rows.format import file_size, open_file, write_file
 from kvilt.stores.base import CacheStore
 from kvilt.stores.disk import DiskStore
@@ -15,6 +14,7 @@ from kvilt.stores.tiered import TieredStore
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, cache_of, engine_of, ids, off, pruned
 from kvilt.errors import DamagedCache, ModelError
 from kvilt.model.model import Model
 from kvilt.model.rope import turned

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, engine_of, off, wrapper_file
 from kvilt.stores.disk import DiskStore
 from test_gates import MATRIX
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, engine_of, off, wrapper_file
 from kvilt.check import gates
 from kvilt.compress.base import Compression
 from kvilt.engine.engine import Engine

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 from kvilt.engine.engine import Engine
 from kvilt.engine.streaming import Pieces, stream
 from kvilt.errors import DamagedCache, PromptError

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off, wrapper_file
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off, wrapper_file
 from kvilt.engine.engine import Engine
 from kvilt.errors import DamagedCache, DocumentError, PromptError, SpecError, StoreUnavailable
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding

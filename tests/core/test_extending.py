@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off
 
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off
 from kvilt import registry
 from kvilt.check import gates
 from kvilt.engine.engine import Engine

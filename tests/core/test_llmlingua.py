@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from core_kit import QUESTION, engine_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as decode
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     XLMRobertaForTokenClassification,
 )
 
+from core_kit import QUESTION, engine_of
 from kvilt.compress.base import Compression
 from kvilt.compress.text import LLMLingua2
 from kvilt.engine.engine import Engine

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, cache_of, engine_of, fake, ids, layout, off, pruned
 from kvilt.model.placed import BufferPool, Shape
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, cache_of, engine_of, fake, ids, layout, off, pruned
 from kvilt.errors import DamagedCache
 from kvilt.model.model import Model
 from kvilt.plan import Plan

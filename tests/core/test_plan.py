@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
-from core_kit import TOLERANCE, bare, cache_of, fake, ids, layout, off, off_dense, prompt, pruned
 from torch import Tensor
 
 import zoo
+from core_kit import TOLERANCE, bare, cache_of, fake, ids, layout, off, off_dense, prompt, pruned
 from kvilt.model.model import Model
 from kvilt.plan import ContextScaling, Layout, Plan, Segment
 from kvilt.types import DocumentCache, Encoding, TensorLayers

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, engine_of, off_dense, wrapper_file
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, engine_of, off_dense, wrapper_file
 from kvilt.check import gates
 from kvilt.compress.base import Made
 from kvilt.compress.press import Cur, KeyDiff, KNorm, KVzip, Leverage, Press, Random, leverage

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, bare, cache_of, engine_of, ids, off, off_dense, prompt, pruned
 from torch import Tensor
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, bare, cache_of, engine_of, ids, off, off_dense, prompt, pruned
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.model.model import Model

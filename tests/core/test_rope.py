@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_kit import cache_of, ids, off
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import zoo
+from core_kit import cache_of, ids, off
 from kvilt.errors import ModelError
 from kvilt.model.model import Model
 from kvilt.model.rope import Rope, check_rope_type, rope_of

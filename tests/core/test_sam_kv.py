@@ -8,6 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from kvilt.model.placed import PlacedCache
+from torch import Tensor
+
+import zoo
 from core_kit import (
     DOCUMENTS,
     QUESTION,
@@ -22,10 +26,6 @@ from core_kit import (
     prompt,
     pruned,
 )
-from kvilt.model.placed import PlacedCache
-from torch import Tensor
-
-import zoo
 from kvilt.errors import SpecError
 from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe

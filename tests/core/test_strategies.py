@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, off, prompt, wrapper_file
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, off, prompt, wrapper_file
 from kvilt.errors import PromptError, SpecError
 from kvilt.registry import build
 from kvilt.strategies.epic import Epic

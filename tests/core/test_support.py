@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from core_kit import TOLERANCE, cache_of, ids, layout, off, off_dense
 from torch import Tensor
 
 import zoo
+from core_kit import TOLERANCE, cache_of, ids, layout, off, off_dense
 from kvilt.errors import ModelError
 from kvilt.model import attention, support
 from kvilt.model.model import Model

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION
 from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
 from kvilt.errors import DocumentError, ModelError, PromptError
 from kvilt.types import Document

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 from safetensors.torch import save_file
 
 import zoo
+from core_kit import DOCUMENTS, QUESTION, engine_of, wrapper_file
 from kvilt.errors import SpecError, WrapperError
 from kvilt.strategies.wrapper import Wrapper
 
