@@ -19,42 +19,27 @@ import kvilt
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "kvilt"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 10650, 150
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 9100, 150
 
-# A module may import what stands above it, and its own unit. Units on one line never import each other.
-LAYERS: list[dict[str, tuple[str, ...]]] = [
-    {"errors": ("errors",), "types": ("types",)},
-    {
-        "registry": ("registry",),
-        "plan": ("plan",),
-        "wrapper": ("wrapper",),
-        "codec": ("codec",),
-        "documents": ("documents",),
-    },
-    {
-        "model": (
-            *("rope", "attention", "pieces", "placed", "pace"),
-            *("support", "identity", "proof", "begun", "model", "probe", "loading"),
-        ),
-        "strategies": ("strategies",),
-        "stores": ("stores",),
-        "compress": ("compress",),
-        "text": ("text",),
-        "streaming": ("streaming",),
-    },
-    {"encoder": ("encoder",), "decode": ("decode",)},
-    {"engine": ("engine",)},
-    {"gates": ("gates",), "doctor": ("doctor",), "train": ("train",), "builtin": ("builtin",)},
-    {"evaluate": ("evaluate",), "bench": ("bench",), "serve": ("serve",), "integrations": ("integrations",)},
-    {"demo": ("demo",)},
-    {"cli": ("cli",)},
-    {"__main__": ("__main__",)},
+# A file may import its own room and what stands above it. Rooms on one line never import each other.
+ROOT_FILES = {"__init__.py", "__main__.py", "errors.py", "registry.py", "types.py", "plan.py", "py.typed"}
+LEVELS = [
+    {"errors", "registry", "types", "plan"},
+    {"rows", "builtin"},
+    {"model", "strategies", "compress", "stores"},
+    {"engine"},
+    {"check", "lab", "serve", "integrations"},
+    {"cli"},
+    {"__main__"},
 ]
-UNIT = {part: (rank, unit) for rank, layer in enumerate(LAYERS) for unit, parts in layer.items() for part in parts}
+RANK = {room: rank for rank, level in enumerate(LEVELS) for room in level}
+NOUNS = LEVELS[0]
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "rich.progress"}  # not while `kvilt cache ls` starts
+LIGHT = ("errors.py", "registry.py", "rows/header.py", "rows/files.py", "stores/*.py", "cli/*.py")
 
 
-def name_of(path: Path) -> str:
-    """The first part of a module's name under kvilt: its file or folder."""
+def room_of(path: Path) -> str:
+    """The room of a file: its folder under kvilt, or the file itself at the root."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -63,15 +48,36 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """What a file imports of the package, function bodies and TYPE_CHECKING included: (first part, line)."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "kvilt":
-            yield from ((alias.name, node.lineno) for alias in node.names if not alias.name.startswith("__"))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvilt."):
-            yield (node.module or "").split(".")[1], node.lineno
-        elif isinstance(node, ast.Import):
-            yield from ((a.name.split(".")[1], node.lineno) for a in node.names if a.name.startswith("kvilt."))
+def file_of(name: str) -> Path | None:
+    """The file of a dotted name under kvilt; None for names that are no module."""
+    place = PACKAGE.joinpath(*name.split(".")[1:])
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file() and p in FILES), None)
+
+
+def imports(path: Path, *, at_start: bool = False) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of what a file imports: all of it, or only what importing the file imports."""
+    for node in _while_importing(tree_of(path)) if at_start else ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            inner = [name for name in names if name.startswith("kvilt.") and file_of(name)]
+            yield from ((name, node.lineno) for name in inner or [node.module or ""])
+
+
+def _while_importing(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not typing_only:
+            yield child
+            yield from _while_importing(child)
+
+
+@functools.cache
+def neighbours(path: Path, at_start: bool = False) -> dict[Path, int]:
+    """Files of the package that a file imports, with the line."""
+    files = ((file_of(name), line) for name, line in imports(path, at_start=at_start) if name.split(".")[0] == "kvilt")
+    return {file: line for file, line in files if file and file.name != "__init__.py"}
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -80,22 +86,56 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-def test_every_file_has_a_layer() -> None:
-    """Danger: a new module stands outside the rules."""
-    assert {name_of(p) for p in FILES} - {"__init__"} <= set(UNIT)
+def test_every_file_has_a_room() -> None:
+    """Danger: a loose module at the root, and soon twenty of them."""
+    assert {p.name for p in PACKAGE.iterdir() if p.is_file()} <= ROOT_FILES
+    assert {room_of(p) for p in FILES} - {"__init__"} <= set(RANK)
 
 
-def test_imports_run_downwards_and_siblings_never_import_each_other() -> None:
+def test_imports_run_downwards_and_rooms_side_by_side_never_import_each_other() -> None:
     """Danger: a strategy that knows a store, a store that knows a model: then nothing can be replaced."""
     wrong = []
     for path in FILES:
+        room = room_of(path)
         if path == PACKAGE / "__init__.py":
             continue  # the public names, imported when used
-        rank, unit = UNIT[name_of(path)]
-        for part, line in imports(path):
-            there, other = UNIT[part]
-            if there > rank or (there == rank and other != unit):
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {part}")
+        for other, line in neighbours(path).items():
+            there, same = RANK[room_of(other)], room_of(other) == room or {room, room_of(other)} <= NOUNS
+            if there > RANK[room] or (there == RANK[room] and not same):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {other.relative_to(PACKAGE)}")
+    assert not wrong
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Danger: two files that cannot be read, tested or replaced one without the other."""
+    circles, done = [], set[Path]()
+
+    def visit(path: Path, trail: tuple[Path, ...]) -> None:
+        if path in trail:
+            circles.append(" -> ".join(str(p.relative_to(PACKAGE)) for p in (*trail[trail.index(path) :], path)))
+        elif path not in done:
+            for other in neighbours(path):
+                visit(other, (*trail, path))
+            done.add(path)
+
+    for path in FILES:
+        if path != PACKAGE / "__init__.py":
+            visit(path, ())
+    assert not circles
+
+
+def test_what_starts_every_command_imports_no_torch() -> None:
+    """Danger: `kvilt cache ls` and `kvilt list` take seconds, all of them for imports that they do not use."""
+    wrong = []
+    for start in (path for pattern in LIGHT for path in PACKAGE.glob(pattern)):
+        seen, waiting = set[Path](), [start]
+        while waiting:
+            path = waiting.pop()
+            if path not in seen:
+                seen.add(path)
+                heavy = {n for n, _ in imports(path, at_start=True) if {n, n.split(".")[0]} & HEAVY}
+                wrong += [f"{start.relative_to(PACKAGE)}: {path.relative_to(PACKAGE)} imports {n}" for n in heavy]
+                waiting += neighbours(path, True)
     assert not wrong
 
 
@@ -118,7 +158,7 @@ def test_nobody_asks_a_strategy_what_it_is() -> None:
     }
     wrong = []
     for path in FILES:
-        if name_of(path) == "strategies":
+        if room_of(path) == "strategies":
             continue
         for node in ast.walk(tree_of(path)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
