@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from typer.testing import CliRunner
-
-from kvilt.cli.app import app
+from cli_kit import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 MARKED = re.compile(r"(<!-- help: kvilt ([\w ]+) -->\n)(.*?)(<!-- end of help -->)", re.DOTALL)
@@ -16,9 +14,7 @@ EXAMPLE = re.compile(r"^\$ kvilt (.*)$", re.MULTILINE)
 
 def help_of(verb: str) -> str:
     """What `kvilt VERB --help` prints."""
-    result = CliRunner().invoke(app, [*verb.split(), "--help"], prog_name="kvilt")
-    assert result.exit_code == 0, result.output
-    return "\n".join(line.rstrip() for line in result.stdout.strip().splitlines())
+    return "\n".join(line.rstrip() for line in run(*verb.split(), "--help").stdout.strip().splitlines())
 
 
 def updated(page: str) -> str:

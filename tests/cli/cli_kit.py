@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,26 +10,49 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner, Result
+import pytest
 
 import kvilt
-from kvilt.cli.app import app
+import kvilt.cli
 
 WORDS = ("quilt", "patch", "river", "stone", "lantern", "harbour", "cellar", "violin", "orchard", "signal", "meadow")
 
 
-def run(*args: object, code: int = 0, input: str | bytes | None = None, **env: str) -> Result:
-    """One verb in this process; it must end with this exit code, and never with a traceback."""
-    result = CliRunner(env={"KVILT_MODEL": None, "KVILT_STORE": None, **env}).invoke(
-        app, [str(a) for a in args], input=input
-    )
-    expected = (type(None), SystemExit)
-    assert isinstance(result.exception, expected), "".join(map(str, result.exc_info or ()))
-    assert result.exit_code == code, result.output
+@dataclass(frozen=True)
+class Result:
+    """What a verb printed, said, and ended with."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+def run(*args: object, code: int = 0, **more: Any) -> Result:
+    """One verb in this process; it must end with this exit code, never with a traceback."""
+    result = run_any(*args, **more)
+    assert result.code == code, result
     return result
+
+
+def run_any(*args: object, input: str | bytes | None = None, **env: str) -> Result:
+    """One verb in this process, however it ends."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for name in ("stdout", "stderr")}
+    given = input.encode() if isinstance(input, str) else input or b""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("KVILT_MODEL", "KVILT_STORE"):
+            patch.delenv(name, raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        for name, stream in {"stdin": io.TextIOWrapper(io.BytesIO(given), "utf-8"), **streams}.items():
+            patch.setattr(sys, name, stream)
+        ended = kvilt.cli.run([str(a) for a in args])
+    said = {name: (stream.flush(), stream.buffer.getvalue().decode())[1] for name, stream in streams.items()}
+    assert "Traceback" not in said["stderr"]
+    return Result(said["stdout"], said["stderr"], ended)
 
 
 def data(*args: object, code: int = 0, **more: Any) -> Any:

@@ -25,12 +25,9 @@ def child(arguments: list[str], out: str, env: dict[str, str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
-    sys.argv = ["kvilt", *arguments]
     code = 99
     try:
-        kvilt.cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
+        code = kvilt.cli.run(arguments)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -64,7 +64,7 @@ def test_answers_equal_the_dense_reference_in_any_order(
 
 def test_json_has_the_promised_keys(model_dir: Path, docs: list[Path], store: str) -> None:
     answer = data("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 3)
-    assert set(answer) == {"text", "strategy", "usage"}
+    assert set(answer) == {"question", "text", "strategy", "usage"}
     promised = {"reused_tokens", "computed_tokens", "charged", "hits", "misses", "bytes_loaded", "ttft_s", "steps_s"}
     assert promised <= set(answer["usage"])
     assert answer["usage"]["misses"] == 1
@@ -146,3 +146,26 @@ def test_system_and_dtype_reach_the_model(model_dir: Path, docs: list[Path], sto
     assert other["hits"] == 1
     assert other["reused_tokens"] < plain["reused_tokens"]
     assert short["misses"] == 1
+
+
+def test_many_questions_one_model(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a thousand questions load the model a thousand times, or an answer stands beside another question."""
+    common = ("ask", "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 4)
+    asked = ["what stands here?", "where?", "why?"]
+    alone = [data(common[0], question, *common[1:])["text"] for question in asked]
+    lines = run(*common, "--json", input="\n".join([asked[0], "", *asked[1:]]) + "\n").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [a["question"] for a in answers] == asked
+    assert [a["text"] for a in answers] == alone
+    assert run(*common, input=f"{asked[2]}\n").stdout == " ".join(alone[2].split()) + "\n"
+    assert [a["usage"]["hits"] for a in answers] == [1, 1, 1]
+
+
+def test_one_bad_question_among_many(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a question that cannot be answered ends the run, or shifts all answers after it by one."""
+    common = ("ask", "-", "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 1)
+    result = run(*common, "--json", input="what?\n" + "x" * 5000 + "\nwhere?\n", code=2)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ["error" in a for a in answers] == [False, True, False]
+    assert "the model's context holds 4096" in result.stderr
+    assert "line 2 of standard input is not UTF-8" in run(*common, input=b"what?\n\xff\n", code=2).stderr

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cli_kit import data, error, run, stored, write_documents
+from cli_kit import data, error, run, run_any, stored, write_documents
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
@@ -50,6 +54,17 @@ ASK = ("ask", "what?", "--max-new-tokens", 1)
         (("list", "strategies"), "Did you mean 'strategy'"),
         (("cache", "show", "nothing", "--store", "memory"), "no stored document is called 'nothing'"),
         (("cache", "rm", "--store", "memory"), "say which documents"),
+        (("encode", "DOCS", "--model", "MODEL", "--namespace", "\udcff"), "--namespace is not UTF-8"),
+        (("cache", "ls", "--namespace", "\udcff"), "--namespace is not UTF-8"),
+        (("ask", "what?", "--docs", "DOCS", "--system", "\udcff", "--model", "MODEL"), "--system is not UTF-8"),
+        (("ask", "-", "--docs", "-"), "for one question"),
+        (("ask", "--docs", "DOCS", "--stream"), "for one question"),
+        (("encod",), "No such command 'encod'"),
+        (("cache",), "Missing command. See: kvilt cache --help"),
+        (("ask", "what?", "--dokcs", "x"), "No such option"),
+        (("ask", "what?", "--docs", "x", "--top-p", "3"), "Invalid value for"),
+        (("ask", "what?", "--docs", "x", "--max-new-tokens", "9" * 5000), "Invalid value for"),
+        (("encode",), "Missing argument"),
     ],
 )
 def test_before_a_model_is_loaded(
@@ -85,13 +100,6 @@ def test_with_a_model(
     documents = () if "--docs" in arguments else ("--docs", docs[0])
     given = (*documents, *(names.get(a, a) for a in arguments))
     assert re.search(message, error(*ASK, *given, "--model", model_dir, "--store", store))
-
-
-def test_usage_errors_of_the_command_line_itself(model_dir: Path) -> None:
-    assert "No such command" in run("encod", code=2).stderr
-    assert "No such option" in run("ask", "what?", "--dokcs", "x", code=2).stderr
-    assert "Invalid value for" in run("ask", "what?", "--docs", "x", "--top-p", 3, code=2).stderr
-    assert "Missing argument" in run("encode", code=2).stderr
 
 
 def test_a_wrapper_for_another_model(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
@@ -232,3 +240,111 @@ def test_a_full_disk_still_answers(model_dir: Path, docs: list[Path], tmp_path: 
         result = run(*common, "--store", store, "--json")
         assert "not stored: cannot write" in result.stderr
         assert "cannot write" in error("encode", *docs, "--model", model_dir, "--store", store, code=3)
+
+
+HOSTILE = "\x1b[31mred\x07\u202egnp\n0123456789ab  forged\x9b1A"
+
+
+def controls(text: str) -> set[str]:
+    """Characters that a terminal would obey."""
+    return {c for c in text if c != "\n" and (not c.isprintable() or c in "\u202e")}
+
+
+def test_names_of_others_are_data(model_dir: Path, store: str, tmp_path: Path) -> None:
+    """Danger: a title in a shared store moves the cursor, forges rows, or turns what an error says around."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "A text.", "title": HOSTILE, "id": HOSTILE}))
+    common = ("--model", model_dir, "--store", store)
+    run("encode", tmp_path / "a.jsonl", *common)
+    shows = [
+        run("cache", "ls", "--store", store),
+        run("cache", "show", HOSTILE, "--store", store),
+        run("doctor", tmp_path / "a.jsonl", *common, "--dtype", "bf16", code=1),
+        run("ask", "What?", "--docs", tmp_path / "a.jsonl", *common, "--explain", "--max-new-tokens", 1),
+        run("ask", "What?", "--docs", tmp_path / "a.jsonl", *common, "--pick", HOSTILE + "x", code=2),
+        run("cache", "rm", HOSTILE + "x", "--store", store, code=2),
+        run("list", HOSTILE, code=2),
+        run("ask", "What?", "--docs", HOSTILE, code=2),
+        run(HOSTILE, code=2),
+    ]
+    for result in shows:
+        assert not controls(result.stdout + result.stderr), result
+    assert len(shows[0].stdout.splitlines()) == 2
+    assert data("cache", "show", HOSTILE, "--store", store)["title"] == HOSTILE
+
+
+def test_file_names_that_are_not_utf_8(model_dir: Path, store: str, tmp_path: Path) -> None:
+    """Danger: one old file name, and the whole store or run ends in a traceback."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(name).write_text("Coffee is served here.")
+    common = ("--model", model_dir, "--store", store)
+    assert data("encode", tmp_path / name, *common)["encoded"] == 1
+    assert "caf\\xe9.txt" in run("cache", "ls", "--store", store).stdout
+    assert data("ask", "What?", "--docs", name, "--pick", name, *common, "--max-new-tokens", 1)["usage"]["hits"] == 1
+    assert data("cache", "rm", name, "--store", store)["removed"] == 1
+
+
+def test_the_rest_of_a_folder_is_encoded(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
+    """Danger: one long or empty file among thousands, and nothing is encoded; or nobody hears of the second."""
+    for name, text in (("long.txt", "x" * 5000), ("longer.txt", "y" * 6000), ("void.txt", " ")):
+        (tmp_path / "docs" / name).write_text(text)
+    common = ("encode", tmp_path / "docs", "--model", model_dir, "--store", store)
+    result = run(*common, "--json", code=2)
+    report = json.loads(result.stdout)
+    assert (report["encoded"], len(report["failed"])) == (5, 3)
+    for name in ("long.txt", "longer.txt", "void.txt"):
+        assert f"{name}" in result.stderr
+    assert data(*common, code=2)["present"] == 5
+    assert "nothing to encode" in error("encode", tmp_path / "docs" / "long.txt", *common[2:])
+
+
+def test_closed_streams_and_broken_pipes(tmp_path: Path) -> None:
+    """Danger: a traceback where a script or a pager closes what it does not read, or a file that gets its number."""
+
+    def ended(redirected: str) -> tuple[int, str, str]:
+        command = f"{sys.executable} -m kvilt list store {redirected}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, said = ended("<&- 2>&-")
+    assert (code, said) == (0, "")
+    assert "disk" in out
+    assert ended(">&-") == (2, "", "error: standard output is closed, so nothing could be shown.\n")
+    assert ended("| true")[::2] == (141, "")
+    assert ended(">/dev/full")[::2] == (2, "error: [Errno 28] No space left on device.\n")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6])
+def test_ctrl_c_while_starting(seconds: float, model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a page of imports instead of one line."""
+    command = [sys.executable, "-m", "kvilt", "encode", *docs, "--model", model_dir, "--store", store]
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert said.startswith("error: stopped.")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_fault_of_our_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: whoever meets a bug gets a page that says nothing to him, or whoever looks for it gets no traceback."""
+    monkeypatch.setattr("kvilt.cli.catalogue.listed", lambda *given: 1 / 0)
+    assert "a fault of Kvilt's own: ZeroDivisionError" in error("list", code=70)
+    with pytest.raises(ZeroDivisionError):
+        run("list", "--verbose")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--temperature", "1e-40"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-p", "nan"),
+        ("--top-p", "1e-40"),
+    ],
+)
+def test_odd_numbers(option: tuple[str, str], model_dir: Path, docs: list[Path]) -> None:
+    """Danger: a number that no machine can divide by ends in a traceback."""
+    streams = run_any("ask", "what?", "--docs", docs[0], "--model", model_dir, "--store", "memory", *option)
+    assert streams.code in (0, 2)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 from cli_kit import data, error, run, stored
+
+from kvilt.cli import show
+from kvilt.types import Encoding
 
 
 @pytest.fixture
@@ -29,9 +34,27 @@ def test_ls_and_show(filled: str, docs: list[Path]) -> None:
     assert found[3]["key"] in run("cache", "show", str(docs[3]), "--store", filled).stdout
 
 
-def test_ambiguous_names(filled: str, docs: list[Path]) -> None:
-    assert "2 documents match" in error("cache", "show", docs[0], "--store", filled)
+def test_several_variants_of_one_title(filled: str, docs: list[Path], model_dir: Path, tmp_path: Path) -> None:
+    """Danger: three hashes, and no way to tell which of them is the compressed copy; or the wrong one is deleted."""
+    run("encode", docs[0], "--model", model_dir, "--store", filled, "--compress", "int8")
+    message = error("cache", "show", docs[0], "--store", filled)
+    assert "3 documents match" in message
+    assert "float32 plain none; " in message
+    assert re.search(r"[0-9a-f]{12} float32 plain Int8|int8", message)
     assert data("cache", "show", docs[0], "--store", filled, "--namespace", "other")["namespace"] == "other"
+    assert data("cache", "show", docs[0], "--store", filled, "--variant", "bfloat16")["namespace"] == "other"
+    assert "3 documents match" in error("cache", "rm", docs[0], "--store", filled, "--variant", "float32")
+    assert "match" in error("cache", "rm", docs[0], "--store", filled, "--variant", "nothing")
+    shown = run("cache", "show", docs[0], "--variant", "all", "--json", "--store", filled).stdout.splitlines()
+    assert len({json.loads(line)["key"] for line in shown}) == 3
+    assert data("cache", "pin", docs[0], "--variant", "all", "--store", filled) == {"pinned": 3}
+    assert data("cache", "rm", docs[0], "--variant", "bfloat16", "--store", filled)["removed"] == 1
+    assert len(data("cache", "ls", "--store", filled)) == 7
+
+
+def test_what_is_called_plain_is_plain() -> None:
+    """Danger: `cache ls` calls plain what was encoded behind a sink."""
+    assert Encoding().digest == show.PLAIN
 
 
 def test_rm(filled: str, docs: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -66,9 +67,48 @@ def test_folders_are_read_in_order_and_say_what_they_skip(tmp_path: Path) -> Non
     assert skipped == [str(tmp_path / "image.png")]
 
 
+def test_all_that_is_wrong_is_heard_of_and_the_rest_is_read(tmp_path: Path) -> None:
+    """Danger: of a thousand files one is empty, and nothing is encoded; or only the first of ten mistakes is named."""
+    for name, text in (
+        ("a.txt", "one"),
+        ("b.txt", " "),
+        ("c.txt", b"\xff"),
+        ("d.jsonl", '{"text": "x"}\n{}\n{"text": 3}'),
+    ):
+        write(tmp_path / name, text)
+    bad: list[DocumentError] = []
+    read = read_documents([str(tmp_path)], on_bad=bad.append)
+    assert [d.text for d in read] == ["one", "x"]
+    assert [re.sub(r".*/", "", str(e))[:9] for e in bad] == ["b.txt is ", "c.txt is ", "d.jsonl:2", "d.jsonl:3"]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """Danger: a file from an old archive stops a whole folder, with a traceback when its name is stored or shown."""
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    Path(os.fsdecode(path)).write_text("text")
+    (document,) = read_documents([str(tmp_path)])
+    assert document.id == f"{tmp_path}/caf\\xe9.txt"
+    assert read_documents([os.fsdecode(path)]) == [document]
+
+
+def test_line_ends_make_no_difference(tmp_path: Path) -> None:
+    """Danger: one document, written on two systems or once as text and once as JSON, is encoded twice."""
+    text = write(tmp_path / "a.txt", "one\r\ntwo")
+    lines = write(tmp_path / "b.jsonl", json.dumps({"text": "one\r\ntwo"}))
+    assert [d.text for d in read_documents([text, lines])] == ["one\ntwo"] * 2
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Danger: a named pipe among the files stops the run for ever."""
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DocumentError, match="is no regular file"):
+        read_documents([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        (b"[" * 100_000, [Document("[" * 100_000, None, "stdin")]),
         (b"just some\ntext {", [Document("just some\ntext {", None, "stdin")]),
         (b'{"no": "text"}', [Document('{"no": "text"}', None, "stdin")]),
         (
@@ -98,7 +138,7 @@ def test_a_bad_line_on_standard_input_is_not_taken_for_text(monkeypatch: pytest.
         ("a.txt", "utf-16".encode("utf-16"), "is UTF-16, not UTF-8"),
         ("a.txt", b"MZ\x00\x01", "is a binary file .* offset 2"),
         ("a.jsonl", '{"text": "one"}\n{"text": "two"', ":2 is not JSON"),
-        ("a.jsonl", '{"text": "one"}\n\n["two"]', ":3 is list, not an object"),
+        ("a.jsonl", '{"text": "one"}\n\n["two"]', ":3 is list, not a JSON object"),
         ("a.jsonl", '{"title": "one"}', ":1 has no text"),
         ("a.jsonl", '{"text": 3}', ":1 has no text"),
         ("a.jsonl", '{"text": " "}', ":1 is empty"),
@@ -106,6 +146,8 @@ def test_a_bad_line_on_standard_input_is_not_taken_for_text(monkeypatch: pytest.
         ("a.jsonl", '{"text": "a", "id": []}', ":1: the id must be"),
         ("a.jsonl", '{"text": "\\ud800"}', ":1 holds half a character"),
         ("a.jsonl", "[" * 100_000, ":1 is nested too deeply"),
+        ("a.jsonl", json.dumps({"text": "a", "id": "x" * 5000}), ":1: a title and an id may have 4,096 characters"),
+        ("a.jsonl", '{"text": "a", "title": "\\udcff"}', ":1 holds half a character"),
         ("a.jsonl", "\n", "no documents in"),
         ("a.pdf", "%PDF", r"is none of \.txt, \.md, \.jsonl"),
     ],

@@ -2,79 +2,128 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import typer
-from cli_kit import data, run
-from typer.testing import CliRunner
+from cli_kit import data, error, run
 
 import kvilt
 from kvilt import registry
 from kvilt.check import gates
-from kvilt.cli import mount
 from kvilt.cli.several import spread
+from kvilt.errors import UserError
+from kvilt.strategies.base import Plain
 
 
 def test_verify_on_the_users_own_documents(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
-    report = data("verify", docs[0].parent, "--model", model_dir, "--store", store, "--tokens", 4)
+    """Danger: four tokens of one answer hide that a strategy loses most answers (all were said to agree)."""
+    asked = ("--question", "What stands here?", "--question", "Where?")
+    report = data("verify", docs[0].parent, "--model", model_dir, "--store", store, "--tokens", 12, *asked)
     assert report["passed"] is True
+    assert report["dtype"] == "float32"
     assert [g["gate"] for g in report["gates"]] == [f"G{i}" for i in range(1, 10)]
-    rows = {r["strategy"].partition("(")[0]: r for r in report["strategies"]}
-    assert {"BlockAttention", "Naive", "KVLink", "Epic"} <= set(rows)
-    assert rows["BlockAttention"]["max_logit_difference"] > 0
-    assert 0 < rows["BlockAttention"]["charged"] < rows["Epic"]["charged"] < 1
-    assert "needs" in rows["kv_packet"]["note"]
-    assert not list((tmp_path / "store").glob("??/*.safetensors"))  # checks leave the user's store alone
+    assert [q["question"] for q in report["questions"]] == list(asked[1::2])
+    floor, *rows = report["strategies"]
+    assert floor["kl"] < 1e-6
+    assert floor["agreement"] == 1
+    named = {re.split(r"[(:]", r["strategy"])[0]: r for r in rows}
+    block = named.get("block") or named["BlockAttention"]
+    assert block["kl"] > 100 * floor["kl"]
+    assert 0 < block["charged"] < (named.get("epic") or named["Epic"])["charged"] < 1
+    assert "needs" in named["kv_packet"]["note"]
+    assert not (tmp_path / "store").exists()  # checks leave the user's store alone
+
+
+def test_verify_makes_up_questions(model_dir: Path, docs: list[Path]) -> None:
+    """Danger: without questions of one's own nothing is compared."""
+    report = data("verify", *docs[:2], "--model", model_dir, "--tokens", 2)
+    assert len(report["questions"]) == 2
 
 
 def test_a_failed_gate_is_an_exit_code(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "FAILED" not in run("verify", "--model", model_dir, "--tokens", 2).stdout
+    """Danger: a model that is served wrongly passes for sound in a script."""
 
     def failing(case: gates.Case) -> float:
         """This one fails."""
         return 0.5
 
-    monkeypatch.setitem(gates.GATES, "G1", failing)
-    result = run("verify", "--model", model_dir, "--tokens", 2, code=1)
+    monkeypatch.setattr(gates, "GATES", {"G1": failing})
+    monkeypatch.setattr(registry, "names", lambda kind: {"full": "", "naive": ""})
+    result = run("verify", "--model", model_dir, "--tokens", 2, "--question", "What?", code=1)
     assert "FAILED" in result.stdout
 
 
 def test_list() -> None:
+    """Danger: the list leaves something out, or shows other defaults than the class has."""
     everything = data("list")
     assert set(everything) == set(registry.TABLE)
-    strategies = {s["name"]: s for s in data("list", "strategy")["strategy"]}
-    assert strategies["kvlink"]["options"] == {"links": 5}
-    assert strategies["full"]["summary"].startswith("Compute the whole prompt")
+    for kind, names in everything.items():
+        assert {n["name"] for n in names} == set(registry.TABLE[kind])
+        for name in names:
+            cls = registry.load(kind, name["name"])
+            known = inspect.signature(cls).parameters
+            assert name["options"] == {o: known[o].default for o in registry.parameters(cls)}, name
+            assert name["summary"] == " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
     text = run("list", "store").stdout
-    assert "disk" in text
     assert "policy=lru" in text
+    assert len(text.splitlines()) == len(everything["store"]) + 2
 
 
-def test_help_is_fast_and_version_is_told() -> None:
+def test_list_says_what_a_model_can_take(model_dir: Path) -> None:
+    """Danger: which of eighteen strategies suit a model is found out one error at a time."""
+    fits = {n["name"]: n["fits"] for n in data("list", "strategy", model_dir)["strategy"]}
+    assert fits["block"] == fits["full"] == "yes"
+    assert "trained vectors" in fits["kv_packet"]
+    assert "this model" in run("list", "strategy", model_dir).stdout
+
+
+def test_other_packages_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: one broken plug-in takes the whole list away."""
+    offered = {"outside": f"{__name__}:Outside", "broken": "nowhere.at_all:Thing", "gone": f"{__name__}:Nothing"}
+    monkeypatch.setattr(registry, "names", lambda kind: offered)
+    outside, broken, gone = data("list", "strategy")["strategy"]
+    assert outside == {"name": "outside", "summary": "Somebody else's.", "options": {"size": 3, "sink": "none"}}
+    assert broken["summary"].startswith("not available")
+    assert gone["summary"].startswith("not available")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outside(Plain):
+    """Somebody else's."""
+
+    size: int = 3
+
+
+@pytest.mark.parametrize("verb", [("--help",), ("list",), ("cache", "ls", "--store", "disk:path=STORE")])
+def test_starting_is_fast(verb: tuple[str, ...], tmp_path: Path) -> None:
+    """Danger: seconds of imports that the command does not use."""
+    arguments = [a.replace("STORE", str(tmp_path / "store")) for a in verb]
     code = (
-        "import sys, time; began = time.perf_counter(); sys.argv = ['kvilt', '--help']\n"
-        "from kvilt.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'too much is imported'\n"
-        "print(time.perf_counter() - began)"
+        "import sys, time; began = time.perf_counter()\n"
+        f"from kvilt.cli import run\nassert run({arguments!r}) == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too much is imported'\n"
+        "print(time.perf_counter() - began, file=sys.stderr)"
     )
     environment = {"PYTHONPATH": str(Path(kvilt.__file__).parents[1]), "PATH": ""}
     times = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert "encode" in done.stdout
-        times.append(float(done.stdout.splitlines()[-1]))
-    assert min(times) < 0.5
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "kvilt", "--version"], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == kvilt.__version__
-    assert time.monotonic() - began < 10
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        times.append(float(done.stderr.splitlines()[-1]))
+    assert min(times) < 0.3
+
+
+def test_the_version_is_told() -> None:
+    """Danger: `python -m kvilt` is not `kvilt`."""
+    done = subprocess.run([sys.executable, "-m", "kvilt", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == run("--version").stdout.strip() == kvilt.__version__
 
 
 def test_options_with_several_values() -> None:
@@ -84,28 +133,21 @@ def test_options_with_several_values() -> None:
 
 
 @pytest.mark.parametrize("kind", ["app", "function"])
-def test_verbs_of_other_parts(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_verbs_of_other_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: a part of the package has its own exit codes, or its own idea of a mistake."""
     module = types.ModuleType("kvilt.elsewhere")
     inner = typer.Typer()
 
-    def speed(text: str, times: int = 1) -> None:
+    def demo(text: str, times: int = 1) -> None:
         if text == "bad":
-            raise kvilt.errors.UserError("it is bad.")
+            raise UserError("it is bad.")
         print(text * times)
 
-    inner.command()(speed)
-    setattr(module, *(("app", inner) if kind == "app" else ("other", speed)))
-    monkeypatch.setitem(sys.modules, "kvilt.elsewhere", module)
-    monkeypatch.setattr(mount, "PACKAGE", tmp_path)
-    (tmp_path / "elsewhere.py").touch()
-    app = typer.Typer()
-    mount.add(app, "other", "kvilt.elsewhere", "Something else.")
-    mount.add(app, "missing", "kvilt.nowhere", "Not there.")
-    app.callback()(lambda: None)
-    path = ["other", "speed"] if kind == "app" else ["other"]
-    runner = CliRunner()
-    assert "missing" not in runner.invoke(app, ["--help"]).output
-    assert runner.invoke(app, [*path, "ab", "--times", "2"]).stdout == "abab\n"
-    assert runner.invoke(app, [*path, "bad"]).exit_code == 2
-    assert runner.invoke(app, [*path, "ab", "--tims", "2"]).exit_code == 2
-    assert f"kvilt {' '.join(path)}" in runner.invoke(app, [*path, "--help"]).output
+    inner.command()(demo)
+    setattr(module, *(("app", inner) if kind == "app" else ("demo", demo)))
+    monkeypatch.setitem(sys.modules, "kvilt.lab.demo", module)
+    path = ["demo", "demo"] if kind == "app" else ["demo"]
+    assert run(*path, "ab", "--times", "2").stdout == "abab\n"
+    assert error(*path, "bad") == "it is bad."
+    assert "No such option: --tims" in error(*path, "ab", "--tims", "2")
+    assert f"kvilt {' '.join(path)}" in run(*path, "--help").stdout

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from kvilt.cli import cache, mount, talk
-from kvilt.cli.options import FAILED, Answering, Output, Run, verb
+from kvilt.cli import FAILED, cache, mount
+from kvilt.cli.options import Answering, Loaded, Run, verb
 from kvilt.cli.several import Several
 
 app = typer.Typer(
     help="Encode every document once, alone, and reuse its KV cache in any prompt.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -40,13 +40,17 @@ Pick = Annotated[
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
 TimeToLive = Annotated[float | None, Option("--ttl", min=0, help="Seconds until the caches expire.")]
-Question = Annotated[str, Argument(metavar="QUESTION", help="What to answer from the documents.")]
-Ask = Annotated[str, Option("--question", help="What to ask.")]
+Question = Annotated[
+    str, Argument(metavar="[QUESTION]", help="What to answer from the documents; - for stdin, one question a line.")
+]
+Ask = Annotated[list[str] | None, Option("--question", help="What to ask; may be given several times.")]
 Limit = Annotated[int, Option("--limit", min=1, help="Use this many documents.")]
-Tokens = Annotated[int, Option("--tokens", min=1, help="Compare answers of this many tokens.")]
+Tokens = Annotated[int, Option("--tokens", min=1, help="Compare answers of up to this many tokens.")]
 Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store, compress or task; all if left out.")]
+ForModel = Annotated[
+    str | None, Argument(metavar="[MODEL]", help="Say which strategies this model can take, and what others lack.")
+]
 Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
-ANY_QUESTION = "What do the documents say?"
 
 
 @app.callback()
@@ -55,61 +59,47 @@ def kvilt(version: Version = False) -> None:
 
 
 @verb(app)
-def encode(options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None) -> None:
+def encode(options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None) -> int:
     """Encode documents and store their caches. A rerun encodes only what is missing."""
-    from kvilt.cli import show, work
+    from kvilt.cli import work
 
-    documents = options.read(docs)
-    encoder = work.encoder(options.engine(), ttl)
-    with talk.encoding() as meter:
-        report = encoder.dry_run(documents) if dry_run else encoder.encode(documents, meter)
-    show.encoded(report, dry_run, options.json)
+    return work.encode(options, docs, dry_run, ttl)
 
 
 @verb(app, cls=Several)
-def ask(options: Run, answering: Answering, question: Question, docs: DocsOption = None, pick: Pick = None) -> None:
+def ask(
+    options: Run, answering: Answering, question: Question = "-", docs: DocsOption = None, pick: Pick = None
+) -> int:
     """Answer a question over documents, reusing their caches."""
     from kvilt.cli import work
 
-    work.check_request(question, options.json, answering)
-    documents = work.choose(options.read(docs or []), pick or [])
-    engine = options.engine(without_store=True)
-    work.deliver(work.answer(engine, question, documents, answering), options.json, answering)
-    if answering.explain:
-        work.explain(engine, question, documents)
+    return work.ask(options, answering, question, docs or [], pick or [])
 
 
 @verb(app)
-def verify(
-    options: Run, docs: SomeDocs = None, question: Ask = ANY_QUESTION, limit: Limit = 4, tokens: Tokens = 16
-) -> int:
+def verify(options: Run, docs: SomeDocs = None, question: Ask = None, limit: Limit = 4, tokens: Tokens = 64) -> int:
     """Check that caches are exact on this model, and how close each strategy comes to full recompute."""
-    from kvilt.cli import compare, show
+    from kvilt.cli import check
 
-    documents = compare.some(options.read(docs), limit) if docs else compare.SAMPLES
-    engine = compare.in_memory(options.engine(without_store=True))
-    results = compare.gates(engine, documents, question)
-    rows = compare.strategies(engine, options.strategy, documents, question, tokens)
-    show.verified(results, rows, options.json)
-    return 0 if all(r.passed for r in results) else FAILED
+    return 0 if check.verify(options, docs or [], question or [], limit, tokens) else FAILED
 
 
 @verb(app)
 def doctor(options: Run, docs: SomeDocs = None) -> int:
     """Find out why documents are not reused, and what to do about it. Without a model only the store is examined."""
-    from kvilt.cli import show, work
+    from kvilt.cli import check
 
-    diagnosis = work.diagnose(options, docs or [])
-    show.diagnosis(diagnosis, options.json)
-    return 0 if diagnosis.healthy else FAILED
+    return 0 if check.diagnose(options, docs or []) else FAILED
 
 
 @verb(app, "list")
-def list_(options: Output, kind: Kind = None) -> None:
+def list_(options: Loaded, kind: Kind = None, for_model: ForModel = None) -> None:
     """List strategies, stores, compressors and tasks with their options."""
-    from kvilt.cli import show, work
+    from kvilt.cli import catalogue, show
 
-    show.catalogue(work.catalogue(kind), options.json)
+    options = dataclasses.replace(options, model=for_model)
+    kinds = catalogue.listed(kind, options.load("full") if for_model else None)
+    show.out(options.json, catalogue.as_data(kinds), catalogue.lines(kinds))
 
 
 mount.add(app, "bench", "kvilt.lab.bench.cli", "Measure time to first token, load and encoding.")

@@ -1,8 +1,7 @@
-"""What every verb shares: options that mean the same everywhere, exit codes, and what they open."""
+"""What every verb shares: options that mean the same everywhere, and what they open."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -14,18 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 import typer
 from typer import Option
 
+from kvilt import registry
 from kvilt.cli import talk
-from kvilt.errors import StoreError, StoreUnavailable, UserError
+from kvilt.errors import DocumentError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from kvilt.engine.engine import Engine
-    from kvilt.stores.store import Store as CacheStore
+    from kvilt.stores.store import Entry, Store
     from kvilt.types import Document
 
-FAILED, USER, STORE, STOPPED = 1, 2, 3, 130
 SHOWN = 3  # skipped files named one by one
 
 Verb = Callable[..., int | None]
+_opened: list[Store] = []  # by the verb that runs
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,18 @@ class Output:
     json: Annotated[bool, Option("--json", help="Print JSON on stdout.")] = False
     quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
     verbose: Annotated[bool, Option("--verbose", "-v", help="Show what the libraries say, too.")] = False
+
+    def read(self, paths: Sequence[str], on_bad: Callable[[DocumentError], None] | None = None) -> list[Document]:
+        """The documents that paths name; what is skipped is told."""
+        from kvilt.engine.documents import read_documents
+
+        skipped: list[str] = []
+        documents = read_documents(paths, skipped.append, on_bad)
+        for path in skipped[:SHOWN]:
+            talk.say(f"skipped {path}: not a .txt, .md or .jsonl file.")
+        if len(skipped) > SHOWN:
+            talk.say(f"skipped {len(skipped) - SHOWN} more files.")
+        return documents
 
 
 @dataclass(frozen=True)
@@ -47,32 +59,55 @@ class Stored(Output):
     ] = "disk"
     namespace: Annotated[str | None, Option("--namespace", help="Whose documents (of a store that many share).")] = None
 
-    def open_store(self) -> CacheStore:
-        """The store. Raises SpecError, StoreUnavailable."""
-        from kvilt import registry
+    def open_store(self) -> Store:
+        """The store, the same whenever a verb asks. Raises UserError, StoreUnavailable."""
+        utf8(self.namespace or "", "--namespace")
+        if not _opened:
+            _opened.append(cast("Store", registry.build("store", self.store)))
+        return _opened[0]
 
-        return cast("CacheStore", registry.build("store", self.store))
-
-    def read(self, paths: Sequence[str]) -> list[Document]:
-        """The documents that paths name; what is skipped is told."""
-        from kvilt.engine.documents import read_documents
-
-        skipped: list[str] = []
-        documents = read_documents(paths, skipped.append)
-        for path in skipped[:SHOWN]:
-            talk.say(f"skipped {path}: not a .txt, .md or .jsonl file.")
-        if len(skipped) > SHOWN:
-            talk.say(f"skipped {len(skipped) - SHOWN} more files.")
-        return documents
+    def entries(self) -> Iterator[Entry]:
+        """Every stored document, of the namespace if one is given."""
+        return (e for e in self.open_store().entries() if self.namespace in (None, e.namespace))
 
 
 @dataclass(frozen=True)
-class Run(Stored):
-    """A verb that runs a model."""
+class Loaded(Output):
+    """A verb that loads a model."""
 
     model: Annotated[
         str | None, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")
     ] = None
+    dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
+    system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the model's files.")
+    ] = False
+
+    def named(self) -> str:
+        """The model's name. Raises UserError where none is given."""
+        utf8(self.system or "", "--system")
+        if not self.model:
+            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
+        return self.model
+
+    def load(self, strategy: object, store: object = "memory", **more: Any) -> Engine:
+        """An engine with the model. Raises UserError where it cannot be loaded."""
+        name = self.named()
+        more |= {"trust_remote_code": True} if self.trust_remote_code else {}
+        with talk.meter(f"loading {name}"):
+            from kvilt.engine.engine import Engine
+
+            talk.silence_libraries(self.verbose, self.quiet)
+            more |= {"system": self.system, "dtype": self.dtype, "device": self.device}
+            return Engine.load(name, strategy, store, **more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run(Loaded, Stored):
+    """A verb that runs a model with a strategy and a store."""
+
     strategy: Annotated[
         str,
         Option("--strategy", "-s", help="How caches are reused (kvilt list strategy), with options: kvlink:links=5."),
@@ -81,34 +116,23 @@ class Run(Stored):
         str,
         Option("--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."),
     ] = ""
-    dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
-    system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
 
-    def engine(self, *, without_store: bool = False) -> Engine:
-        """The engine. With `without_store` one that keeps caches in memory if the store cannot be opened."""
-        from kvilt import registry
+    def engine(self, *, without_store: bool = False, in_memory: bool = False) -> Engine:
+        """The engine. `without_store` makes do without one that cannot be opened, `in_memory` leaves the user's alone."""
         from kvilt.compress.base import Compression
 
-        strategy = cast(Any, registry.build("strategy", self.strategy))  # before the model: mistakes show at once
-        smaller = Compression.of(self.compress)
-        if not self.model:
-            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
+        strategy = registry.build("strategy", self.strategy)  # before the model: mistakes show at once
+        more: dict[str, Any] = {"compress": Compression.of(self.compress)}
+        more |= {"namespace": self.namespace} if self.namespace else {}
+        self.named()
+        store: object = "memory"
         try:
-            store = self.open_store()
+            store = store if in_memory else self.open_store()
         except StoreUnavailable as error:
             if not without_store:
                 raise
             talk.warn(f"{error} Answering without it.")
-            store = dataclasses.replace(self, store="memory").open_store()
-        with talk.status(f"loading {self.model}"):
-            from kvilt.engine.engine import Engine
-
-            talk.silence_libraries(self.verbose, self.quiet)
-            more: dict[str, Any] = {"system": self.system, "dtype": self.dtype, "device": self.device}
-            return Engine.load(
-                self.model, strategy, store, namespace=self.namespace or "default", compress=smaller, **more
-            )
+        return self.load(strategy, store, **more)
 
 
 @dataclass(frozen=True)
@@ -131,8 +155,15 @@ class Answering:
         return {name: value for name, value in wanted.items() if value is not None}
 
 
+def utf8(text: str, what: str) -> str:
+    """The text. Raises UserError where the shell gave bytes that are not UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{what} is not UTF-8: check the terminal's encoding.")
+    return text
+
+
 def verb(app: typer.Typer, name: str | None = None, **settings: Any) -> Callable[[Verb], Verb]:
-    """Register a function with a parameter `options: Output` as a verb; it returns 1 when a check failed."""
+    """Register a function with a parameter `options: Output` as a verb; it returns its exit code if that is not 0."""
 
     def register(function: Verb) -> Verb:
         app.command(name, **settings)(flat(function))
@@ -141,7 +172,7 @@ def verb(app: typer.Typer, name: str | None = None, **settings: Any) -> Callable
     return register
 
 
-def flat(function: Verb) -> Callable[..., None]:
+def flat(function: Verb) -> Verb:
     """A function as typer should see it: the fields of its option groups are parameters of their own."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -149,12 +180,15 @@ def flat(function: Verb) -> Callable[..., None]:
     grouped = [field for group in groups.values() for field in _fields(group)]
 
     @functools.wraps(function)
-    def run(**given: Any) -> None:
+    def run(**given: Any) -> int | None:
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
-        with talk.speaking(given["options"].quiet), exits():
-            if code := function(**given):
-                raise typer.Exit(code)
+        with talk.speaking(given["options"].quiet):
+            try:
+                return function(**given)
+            finally:
+                while _opened:
+                    _opened.pop().close()  # writes down what was used
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *grouped)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -171,19 +205,3 @@ def _fields(group: Any) -> list[inspect.Parameter]:
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
         for f in ordered
     ]
-
-
-@contextlib.contextmanager
-def exits() -> Iterator[None]:
-    """Turn what can go wrong into one message on stderr and an exit code."""
-    try:
-        yield
-    except UserError as error:
-        talk.fail(str(error))
-        raise typer.Exit(USER) from error
-    except StoreError as error:
-        talk.fail(str(error))
-        raise typer.Exit(STORE) from error
-    except KeyboardInterrupt as error:
-        talk.fail(f"stopped. {error}".strip())
-        raise typer.Exit(STOPPED) from error

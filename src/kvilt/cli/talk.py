@@ -1,46 +1,51 @@
-"""What goes to stderr: messages, warnings, and the progress of encoding."""
+"""What goes to stderr: messages, warnings, and how far something is. And how a text of others may be shown."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
-    from kvilt.engine.encoder import Progress
-
-LINE_SECONDS = 5.0  # between lines of progress where no bar can be drawn
+LINE_SECONDS = 5.0  # between lines of progress where none can be redrawn
+DRAW_SECONDS = 0.1
+CLEAR = "\r\x1b[2K"
 
 logger = logging.getLogger("kvilt")  # everybody's, for warnings
 own = logging.getLogger("kvilt.cli")
+
+# What moves the cursor, rings, turns the writing direction, or is half a character.
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def shown(text: object, keep: str = "") -> str:
+    """A text of others as a terminal may get it: control characters are written out, but for those to keep."""
+    return _CONTROL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
 
 
 class _Handler(logging.Handler):
     """Messages as lines on stderr; a warning that many documents cause is said once."""
 
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
+    def __init__(self) -> None:
+        super().__init__(logging.NOTSET)
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        message = record.getMessage()
+        message = shown(record.getMessage())
         if record.levelno == logging.INFO:
-            print(message, file=sys.stderr)
+            _print(message)
         elif message not in self._said:
             self._said.add(message)
-            print(f"{record.levelname.lower()}: {message}", file=sys.stderr)
+            _print(f"{record.levelname.lower()}: {message}")
 
 
 @contextlib.contextmanager
 def speaking(quiet: bool) -> Iterator[None]:
     """Let Kvilt's messages through to stderr; only errors if quiet."""
-    handler, levels = _Handler(logging.NOTSET), (logger.level, own.level)
+    handler, levels = _Handler(), (logger.level, own.level)
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     own.setLevel(logging.ERROR if quiet else logging.INFO)
@@ -62,25 +67,54 @@ def warn(message: str) -> None:
     own.warning("%s", message)
 
 
-def fail(message: str) -> None:
+def fail(message: object) -> None:
     """An error on stderr, quiet or not."""
-    print(f"error: {message}", file=sys.stderr)
+    _print(f"error: {shown(message)}")
 
 
-def _draws() -> bool:
-    return sys.stderr.isatty() and own.isEnabledFor(logging.INFO)
+def _print(line: str, end: str = "\n") -> None:
+    print(f"{CLEAR if sys.stderr.isatty() else ''}{line}", end=end, file=sys.stderr, flush=True)
+
+
+class Meter:
+    """How far something is: one line that is redrawn on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.line = label, ""
+        self._began = self._spoke = time.monotonic()
+        self._first: float | None = None
+        self.draws = sys.stderr.isatty() and own.isEnabledFor(logging.INFO)
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Hear that so much of the work is done; the first word comes at once where nothing else is to be seen."""
+        now, first = time.monotonic(), self._first is None
+        self._first = done if self._first is None else self._first
+        took, gained = now - self._began, done - self._first
+        left = f", {took / gained * (total - done):,.0f} s left" if gained > 0 and done < total else ""
+        self.line = f"{self.label}: {note or f'{done:,.0f}/{total:,.0f}'}{left}"
+        if self.draws and (first or now - self._spoke > DRAW_SECONDS):
+            _print(shown(self.line), end="")
+        elif not self.draws and now - self._spoke > (1.0 if first else LINE_SECONDS):
+            say(self.line)
+        else:
+            return
+        self._spoke = now
 
 
 @contextlib.contextmanager
-def status(message: str) -> Iterator[None]:
-    """A line with a spinner on a terminal while something takes time."""
-    if not _draws():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(message):
-        yield
+def meter(label: str) -> Iterator[Meter]:
+    """A meter for one piece of work; Ctrl-C inside is passed on, saying how far it came and how to go on."""
+    made = Meter(label)
+    if made.draws:
+        _print(f"{label} ...", end="")
+    try:
+        yield made
+    except KeyboardInterrupt:
+        stopped = f"{made.line.partition(', ')[0]}. " if made.line else ""
+        raise KeyboardInterrupt(f"{stopped}Run the same command again to go on.") from None
+    finally:
+        if made.draws:
+            _print("", end="")
 
 
 def silence_libraries(verbose: bool, quiet: bool) -> None:
@@ -94,54 +128,3 @@ def silence_libraries(verbose: bool, quiet: bool) -> None:
     transformers_logging.disable_progress_bar()
     if not quiet:
         enable_progress_bars()
-
-
-class Meter:
-    """Shows how far encoding is: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, bar: Bar | None = None) -> None:
-        self.last: Progress | None = None
-        self._bar = bar
-        self._task = bar.add_task("encoding", total=None, documents="", rate="") if bar else None
-        self._spoke = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        """Hear of a finished batch."""
-        self.last, p = progress, progress
-        rate = p.tokens / max(p.seconds, 1e-9)
-        documents, speed = f"{p.done:,}/{p.total:,} documents", f"{rate:,.0f} tokens/s"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=p.total_tokens, completed=p.tokens, documents=documents, rate=speed)
-        elif time.monotonic() - self._spoke > LINE_SECONDS:
-            self._spoke = time.monotonic()
-            left = (p.total_tokens - p.tokens) / max(rate, 1e-9)
-            say(f"encoding: {documents}, {speed}, {left:,.0f} s left")
-
-    def stopped(self) -> str:
-        """What to tell a user who stopped it."""
-        done = f"{self.last.done:,} of {self.last.total:,} documents are" if self.last else "Every finished document is"
-        return f"{done} encoded and stored. Run the same command again to encode the rest."
-
-
-@contextlib.contextmanager
-def encoding() -> Iterator[Meter]:
-    """A meter for one encoding run; Ctrl-C inside is passed on, saying how to resume."""
-    if not _draws():
-        with _resumable(Meter()) as meter:
-            yield meter
-        return
-    from rich import progress
-    from rich.console import Console
-
-    texts = [progress.TextColumn(f"{{task.fields[{name}]}}") for name in ("documents", "rate")]
-    columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), *texts, progress.TimeRemainingColumn()]
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar, _resumable(Meter(bar)) as meter:
-        yield meter
-
-
-@contextlib.contextmanager
-def _resumable(meter: Meter) -> Iterator[Meter]:
-    try:
-        yield meter
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(meter.stopped()) from None

@@ -7,6 +7,7 @@ folder   every such file in it and below, sorted by name; hidden files are passe
 -        standard input: JSON lines if its first line is an object with a text, otherwise one text
 
 A document's id is its path as given (folders: joined with the path below), for JSON lines without an id path:line.
+Bytes of a path that are not UTF-8 are written out in the id: caf\\xe9.txt.
 """
 
 from __future__ import annotations
@@ -18,24 +19,40 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvilt.errors import DocumentError
+from kvilt.rows.files import json_object, name_of
 from kvilt.types import Document
 
 STDIN = "-"
 SUFFIXES = (".txt", ".md", ".jsonl")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+LONGEST_NAME = 4096  # characters of a title or an id
+
+Found = Iterator[Document | DocumentError]  # what could be read, and why the rest could not
 
 
-def read_documents(paths: Sequence[str], on_skip: Callable[[str], None] = lambda path: None) -> list[Document]:
+def read_documents(
+    paths: Sequence[str],
+    on_skip: Callable[[str], None] = lambda path: None,
+    on_bad: Callable[[DocumentError], None] | None = None,
+) -> list[Document]:
     """Every document that the paths name, in their order; `on_skip` hears of files in folders that are no documents.
 
-    Raises DocumentError for whatever cannot be read, naming the file and the line or byte."""
-    found = [document for path in paths for document in _read(path, on_skip)]
-    if paths and not found:
+    Raises DocumentError for what cannot be read, naming the file and the line or byte; with `on_bad`, that hears of it
+    instead and the other documents are read."""
+    documents = []
+    for item in (item for path in paths for item in _read(path, on_skip)):
+        if isinstance(item, Document):
+            documents.append(item)
+        elif on_bad is None:
+            raise item
+        else:
+            on_bad(item)
+    if paths and not documents and on_bad is None:
         raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join(SUFFIXES)} files.")
-    return found
+    return documents
 
 
-def _read(path: str, on_skip: Callable[[str], None]) -> Iterator[Document]:
+def _read(path: str, on_skip: Callable[[str], None]) -> Found:
     if path == STDIN:
         yield from _stdin(sys.stdin.buffer.read())
     elif os.path.isdir(path):
@@ -69,30 +86,31 @@ def _is_document(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def _file(path: str) -> Iterator[Document]:
+def _file(path: str) -> Found:
     try:
-        data = Path(path).read_bytes()
+        if not os.path.isfile(path):  # a pipe would be waited for without end
+            raise DocumentError(f"{path} is no regular file.")
+        text, name = _decode(Path(path).read_bytes(), path), name_of(path)
+        if not path.lower().endswith(".jsonl"):
+            title, text = _heading(text) if path.lower().endswith(".md") else (None, text)
+            yield _document(text, title, name, path)
     except OSError as error:
-        raise DocumentError(f"cannot read {path}: {error.strerror}.") from error
-    name, text = Path(path).as_posix(), _decode(data, path)
-    if path.lower().endswith(".jsonl"):
-        yield from _lines(text, name)
+        yield DocumentError(f"cannot read {path}: {error.strerror}.")
+    except DocumentError as error:
+        yield error
     else:
-        title, text = _heading(text) if path.lower().endswith(".md") else (None, text)
-        yield _document(text, title, name, path)
+        if path.lower().endswith(".jsonl"):
+            yield from _lines(text, name)
 
 
-def _stdin(data: bytes) -> Iterator[Document]:
+def _stdin(data: bytes) -> Found:
     text = _decode(data, "standard input")
     first = next((line for line in text.split("\n") if line.strip()), "")
     try:
         is_lines = "text" in dict(json.loads(first))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         is_lines = False
-    if is_lines:
-        yield from _lines(text, "stdin")
-    else:
-        yield _document(text, None, "stdin", "standard input")
+    yield from _lines(text, "stdin") if is_lines else [_document(text, None, "stdin", "standard input")]
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -101,12 +119,11 @@ def _decode(data: bytes, where: str) -> str:
     if (at := data.find(b"\0")) >= 0:
         raise DocumentError(f"{where} is a binary file (a zero byte at offset {at}): give its text instead.")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         what = f"byte 0x{data[offset]:02x} at offset {offset}"
         raise DocumentError(f"{where} is not UTF-8 ({what}). Convert it: iconv -f ENCODING -t UTF-8.") from error
-    return text.replace("\r\n", "\n")  # the same document must have the same cache on every system
 
 
 def _heading(text: str) -> tuple[str | None, str]:
@@ -115,27 +132,23 @@ def _heading(text: str) -> tuple[str | None, str]:
     marks, space, title = first.partition(" ")
     is_heading = 1 <= len(marks) <= 6 and set(marks) == {"#"} and bool(space)
     title = title.strip().rstrip("#").strip()
-    return (title, rest.lstrip("\n")) if is_heading and title and rest.strip() else (None, text)
+    return (title, rest.lstrip("\r\n")) if is_heading and title and rest.strip() else (None, text)
 
 
-def _lines(text: str, name: str) -> Iterator[Document]:
+def _lines(text: str, name: str) -> Found:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _parsed(line, f"{name}:{number}")
+        try:
+            if line.strip():
+                yield _parsed(line, f"{name}:{number}")
+        except DocumentError as error:
+            yield error
 
 
 def _parsed(line: str, where: str) -> Document:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DocumentError(f"{where} is not JSON: {error}. Every line must be one JSON object.") from error
-    except RecursionError as error:
-        raise DocumentError(f"{where} is nested too deeply to be a document.") from error
-    if not isinstance(fields, dict):
-        raise DocumentError(f'{where} is {type(fields).__name__}, not an object: write {{"text": "..."}}.')
+    fields = json_object(line, where)
+    title, given = fields.get("title"), fields.get("id")
     if not isinstance(fields.get("text"), str):
         raise DocumentError(f'{where} has no text: write {{"text": "..."}}.')
-    title, given = fields.get("title"), fields.get("id")
     if not isinstance(title, str | None):
         raise DocumentError(f"{where}: the title must be a text, not {title!r}.")
     if not isinstance(given, str | int | None) or isinstance(given, bool):
@@ -146,8 +159,10 @@ def _parsed(line: str, where: str) -> Document:
 def _document(text: str, title: str | None, name: str, where: str) -> Document:
     if not text.strip():
         raise DocumentError(f"{where} is empty. Leave it out, or give it a text.")
+    if max(len(title or ""), len(name)) > LONGEST_NAME:
+        raise DocumentError(f"{where}: a title and an id may have {LONGEST_NAME:,} characters at most.")
     try:
-        f"{title}{text}".encode()
+        f"{title}{name}{text}".encode()
     except UnicodeEncodeError as error:
         raise DocumentError(f"{where} holds half a character (a lone surrogate): write it as UTF-8.") from error
-    return Document(text, title, name)
+    return Document(text.replace("\r\n", "\n"), title, name)  # the same document has the same cache on every system

@@ -15,6 +15,11 @@ from typing import Any
 from kvilt.errors import DocumentError
 
 
+def name_of(path: str) -> str:
+    """A path as an id: with forward slashes, and without bytes that are not UTF-8."""
+    return os.fsencode(Path(path).as_posix()).decode("utf-8", "backslashreplace")
+
+
 def text_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, gzipped or not, blank ones too. Raises DocumentError, naming the line before."""
     number = 0

@@ -1,0 +1,127 @@
+"""`kvilt list`: names, options and what they are, read from the source files: nothing heavy is imported for a list."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvilt import registry
+from kvilt.cli.show import table
+from kvilt.errors import SpecError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from kvilt.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name of a kind; `fits` says of a strategy whether a model can take it, where one is given."""
+
+    name: str
+    summary: str
+    options: dict[str, object] = field(default_factory=dict)
+    fits: str = ""
+
+
+def listed(kind: str | None, engine: Engine | None = None) -> dict[str, list[Name]]:
+    """Every name of a kind, or of all kinds. Raises SpecError for an unknown kind."""
+    if kind is not None and kind not in registry.TABLE:
+        raise SpecError(
+            f"unknown kind {kind!r}.{did_you_mean(kind, registry.TABLE)} Known: {', '.join(registry.TABLE)}."
+        )
+    kinds = [kind] if kind else list(registry.TABLE)
+    return {k: [_name(k, name, path, engine) for name, path in registry.names(k).items()] for k in kinds}
+
+
+def _name(kind: str, name: str, path: str, engine: Engine | None) -> Name:
+    try:
+        summary = " ".join((ast.get_docstring(_class(path)[1]) or "").partition("\n\n")[0].split())
+        options = _options(path)
+    except (OSError, ImportError, ValueError, SyntaxError, StopIteration) as error:
+        return Name(name, f"not available: {error}")
+    return Name(name, summary, options, _fits(name, engine) if engine and kind == "strategy" else "")
+
+
+def _fits(name: str, engine: Engine) -> str:
+    """Whether a model can take a strategy, and what it lacks if it cannot."""
+    try:
+        engine.with_strategy(name)
+    except UserError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:
+    """For JSON."""
+    return {
+        kind: [{k: v for k, v in asdict(n).items() if k != "fits" or v} for n in names] for kind, names in kinds.items()
+    }
+
+
+def lines(kinds: dict[str, list[Name]]) -> Iterator[str]:
+    """Tables with one row a name."""
+    for kind, names in kinds.items():
+        fits = any(n.fits for n in names)
+        rows = [(n.name, _written(n.options), *([n.fits] if fits else []), n.summary) for n in names]
+        yield from table((kind, "options", *(["this model"] if fits else []), "what it is"), rows)
+        yield ""
+
+
+def _written(options: dict[str, object]) -> str:
+    return ",".join(key if value is None else f"{key}={value}" for key, value in options.items())
+
+
+@functools.cache
+def _module(name: str) -> ast.Module:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.has_location:
+        raise ImportError(f"no source of {name}")
+    return ast.parse(Path(spec.origin or "").read_text(encoding="utf-8"))
+
+
+def _class(path: str) -> tuple[str, ast.ClassDef]:
+    """The class that "module:Class" stands for, and the module where it is defined."""
+    module, _, name = path.partition(":")
+    for node in _module(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
+            return _class(f"{node.module}:{name}")
+    raise ImportError(f"{module} has no class {name}")
+
+
+def _options(path: str) -> dict[str, object]:
+    """Options of a class with their defaults: parameters of its `__init__`, or fields of a dataclass and its bases."""
+    module, cls = _class(path)
+    options: dict[str, object] = {}
+    for base in cls.bases:
+        with contextlib.suppress(ImportError):  # Python's own have no options
+            options |= _options(f"{module}:{base.id}") if isinstance(base, ast.Name) else {}
+    for node in cls.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            arguments = node.args.args[1:] + node.args.kwonlyargs
+            defaults = [*node.args.defaults, *node.args.kw_defaults]
+            options = {a.arg: _value(d, module) for a, d in zip(arguments[::-1], defaults[::-1], strict=False)}
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            name, default = ast.unparse(node.target), ast.unparse(node.value)
+            if "ClassVar" not in ast.unparse(node.annotation) and "repr=False" not in default:
+                options[name] = _value(node.value, module)
+    return {name: value for name, value in options.items() if not name.startswith("_")}
+
+
+def _value(node: ast.expr | None, module: str) -> object:
+    """What a default comes to: a literal, or an item of a module's constant."""
+    if isinstance(node, ast.Subscript):
+        return _value(node.value, module)[_value(node.slice, module)]  # type: ignore[index]
+    if isinstance(node, ast.Name):
+        constants = (
+            n for n in _module(module).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == node.id
+        )
+        return _value(next(constants).value, module)
+    return ast.literal_eval(node) if node else None
