@@ -17,6 +17,7 @@ from typing import Any
 
 from kvilt.errors import SpecError, did_you_mean
 
+DEFAULT = "block:sink=system"  # the best strategy without training (docs/strategies.md)
 TABLE: dict[str, dict[str, str]] = {
     "strategy": {
         "full": "kvilt.strategies.full:FullRecompute",

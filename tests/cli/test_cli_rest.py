@@ -106,10 +106,10 @@ def test_starting_is_fast(verb: tuple[str, ...], tmp_path: Path) -> None:
     """Danger: seconds of imports that the command does not use."""
     arguments = [a.replace("STORE", str(tmp_path / "store")) for a in verb]
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys, time\n"
         f"from kvilt.cli import run\nassert run({arguments!r}) == 0\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too much is imported'\n"
-        "print(time.perf_counter() - began, file=sys.stderr)"
+        "print(time.process_time(), file=sys.stderr)"  # whatever else this machine does
     )
     environment = {"PYTHONPATH": str(Path(kvilt.__file__).parents[1]), "PATH": ""}
     times = []

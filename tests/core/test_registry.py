@@ -122,7 +122,7 @@ def test_other_packages_add_names_but_replace_none(monkeypatch: pytest.MonkeyPat
     [
         ("nowhere.at_all:Thing", "cannot be imported"),
         (f"{__name__}:Nothing", "cannot be imported"),
-        ("kvilt.stores.memory:MemoryStore", "is not a Strategy"),
+        ("kvilt.stores.store:Store", "is not a Strategy"),
     ],
 )
 def test_an_entry_point_that_is_no_strategy_is_refused(

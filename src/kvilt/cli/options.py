@@ -111,7 +111,7 @@ class Run(Loaded, Stored):
     strategy: Annotated[
         str,
         Option("--strategy", "-s", help="How caches are reused (kvilt list strategy), with options: kvlink:links=5."),
-    ] = "block"
+    ] = registry.DEFAULT
     compress: Annotated[
         str,
         Option("--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."),

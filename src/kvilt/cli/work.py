@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvilt.cli import USER, show, talk
@@ -20,19 +21,19 @@ STDIN = "-"
 
 def encode(options: Run, paths: Sequence[str], dry_run: bool, ttl: float | None) -> int:
     """Encode what can be encoded; every document that cannot is named, and the exit code says so."""
-    bad: list[DocumentError] = []
-    documents = options.read(paths, bad.append)
+    bad: list[str] = []
+    documents = options.read(paths, lambda error: bad.append(str(error)))
+    if bad and not documents:
+        raise DocumentError(f"nothing to encode: {' '.join(bad)}")
     encoder = _encoder(options.engine(), ttl)
-    fitting = [d for d in documents if _fits(encoder, d, bad.append)]
-    if bad and not fitting:
-        raise DocumentError(f"nothing to encode: {'; '.join(map(str, bad))}")
     with talk.meter("encoding") as meter:
-        report = encoder.dry_run(fitting) if dry_run else encoder.encode(fitting, lambda p: _told(meter, p))
-    data = {**dataclasses.asdict(report), "dry_run": dry_run, "failed": [str(error) for error in bad]}
-    show.out(options.json, data, [show.encoded(report, dry_run)])
-    for error in bad:
-        talk.fail(error)
-    return USER if bad else 0
+        tell = functools.partial(_told, meter)
+        report = encoder.dry_run(documents) if dry_run else encoder.encode(documents, tell, keep_going=True)
+    report = dataclasses.replace(report, failed=(*bad, *report.failed))
+    show.out(options.json, {**dataclasses.asdict(report), "dry_run": dry_run}, [show.encoded(report, dry_run)])
+    for message in report.failed:
+        talk.fail(message)
+    return USER if report.failed else 0
 
 
 def _encoder(engine: Engine, ttl: float | None) -> Encoder:
@@ -44,15 +45,6 @@ def _encoder(engine: Engine, ttl: float | None) -> Encoder:
 def _told(meter: talk.Meter, p: Progress) -> None:
     speed = f"{p.tokens / max(p.seconds, 1e-9):,.0f} tokens/s"
     meter(p.tokens, p.total_tokens, f"{p.done:,} of {p.total:,} documents stored, {speed}")
-
-
-def _fits(encoder: Encoder, document: Document, on_bad: Callable[[DocumentError], None]) -> bool:
-    try:
-        encoder.items([document])
-    except DocumentError as error:
-        on_bad(error)
-        return False
-    return True
 
 
 def ask(options: Run, answering: Answering, question: str, paths: Sequence[str], ids: Sequence[str]) -> int:

@@ -121,7 +121,7 @@ class Encoder:
         if failed is not None:
             failed += problems
         elif problems:
-            raise DocumentError("\n".join(problems))
+            raise DocumentError(" ".join(problems))
         return items
 
     def item(self, document: Document) -> Item:

@@ -26,7 +26,6 @@ from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
 from kvilt.types import Answer, CacheKey, Document, DocumentCache, Encoding, Prompt, Usage
 
-DEFAULT = "block:sink=system"  # the best strategy without training (docs/strategies.md)
 KNOWN = 1 << 16  # documents whose tokens and keys are remembered
 
 logger = logging.getLogger("kvilt")
@@ -111,7 +110,7 @@ class Engine:
     def load(
         cls,
         model: str,
-        strategy: str | Strategy = DEFAULT,
+        strategy: str | Strategy = registry.DEFAULT,
         store: str | Store = "disk",
         *,
         system: str | None = None,
