@@ -67,7 +67,7 @@ class Compression:
         return cls(**found)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return "+".join(repr(part) for part in (self.text, self.rows, self.numbers) if part is not None)
+        return "+".join(registry.spec_of(part) for part in (self.text, self.rows, self.numbers) if part is not None)
 
     def identity(self, title: int) -> str:
         """What of it shapes a cache, for the cache key: presses never drop the title, so its length counts."""

@@ -94,7 +94,7 @@ class Engine:
             directory=getattr(model.hf, "name_or_path", None) or None,
         )
         self.strategy = strategy.bind(self.info)
-        self.label = repr(self.strategy)
+        self.label = str(self.strategy)
         self.compression = Compression.of(compress)
         self.flights = flights or Flights()
         encoding = self.strategy.encoding or Encoding()

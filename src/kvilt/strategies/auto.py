@@ -30,4 +30,4 @@ class Auto(Strategy):
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """The chosen strategy's plan, and which that is."""
         method = self.method or UNTRAINED
-        return replace(method.plan(prompt, probe), note=repr(method))
+        return replace(method.plan(prompt, probe), note=str(method))

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from kvilt import registry
 from kvilt.errors import SpecError
 from kvilt.plan import Layout, Plan
 from kvilt.types import DocumentCache, Encoding, ModelInfo, Prompt
@@ -34,11 +35,15 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Strategy:
-    """A reuse method; its fields are its configuration and its repr is written into every result.
+    """A reuse method; its fields are its configuration, and str() of it, a specification, is written into every result.
 
     `encoding` is None when the method reuses nothing. Fields that `bind` fills are kept out of the repr."""
 
     encoding: Encoding | None = field(default=Encoding(), repr=False, compare=False, kw_only=True)
+
+    def __str__(self) -> str:
+        """The specification that builds it: "block:sink=none"."""
+        return registry.spec_of(self)
 
     @property
     def shares_positions(self) -> bool:

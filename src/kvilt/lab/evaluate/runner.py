@@ -116,7 +116,7 @@ def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]
     chosen = {_row_key(full): ("full", "full", full), ("floor",): ("floor", "no documents", full)}
     for strategy in strategies:
         for compress in compressions:
-            label = strategy if isinstance(strategy, str) else repr(strategy)
+            label = strategy if isinstance(strategy, str) else str(strategy)
             other = engine.with_strategy(strategy, compress)
             smaller = str(compress)
             chosen.setdefault(_row_key(other), ("strategy", f"{label} + {smaller}" if smaller else label, other))
@@ -124,7 +124,7 @@ def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]
 
 
 def _row_key(engine: Engine) -> tuple[str, ...]:
-    return repr(engine.strategy), str(engine.compression)
+    return str(engine.strategy), str(engine.compression)
 
 
 def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]
         "max_new_tokens": task.max_new_tokens,
         "role": role,
         "name": label,
-        "strategy": repr(engine.strategy),
+        "strategy": str(engine.strategy),
         "encoding": engine.encoder.encoding.digest,  # learned vectors included: a retrained wrapper is another one
         "model": engine.info.digest,
         "system": digest_of(str(engine.info.system))[:16],
