@@ -15,54 +15,33 @@ if TYPE_CHECKING:
     from kvilt.strategies.base import Strategy
     from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
 
+    CacheStore = Store
+
 __version__ = "0.1.0"
+__all__ = [
+    "Answer", "CacheStore", "Document", "DocumentCache", "EncodeReport", "Encoding", "Engine", "KviltError", "Layout", "Model",
+    "Plan", "Prompt", "Segment", "Store", "StoreError", "Strategy", "Usage", "UserError",
+]  # fmt: skip
 
 _HOME = {
-    "Answer": "types",
-    "Store": "stores.store",
-    "Document": "types",
-    "DocumentCache": "types",
-    "EncodeReport": "engine.encoder",
-    "Encoding": "types",
-    "Engine": "engine.engine",
-    "KviltError": "errors",
-    "Layout": "plan",
-    "Model": "model.model",
-    "Plan": "plan",
-    "Prompt": "types",
-    "Segment": "plan",
-    "StoreError": "errors",
-    "Strategy": "strategies.base",
-    "Usage": "types",
-    "UserError": "errors",
+    "engine.encoder": ("EncodeReport",),
+    "engine.engine": ("Engine",),
+    "errors": ("KviltError", "StoreError", "UserError"),
+    "model.model": ("Model",),
+    "plan": ("Layout", "Plan", "Segment"),
+    "stores.store": ("Store",),
+    "strategies.base": ("Strategy",),
+    "types": ("Answer", "Document", "DocumentCache", "Encoding", "Prompt", "Usage"),
 }
-
-__all__ = [
-    "Answer",
-    "Document",
-    "DocumentCache",
-    "EncodeReport",
-    "Encoding",
-    "Engine",
-    "KviltError",
-    "Layout",
-    "Model",
-    "Plan",
-    "Prompt",
-    "Segment",
-    "Store",
-    "StoreError",
-    "Strategy",
-    "Usage",
-    "UserError",
-]
 
 
 def __getattr__(name: str) -> object:
     """Public names are imported when they are first used: `import kvilt` alone does not load torch."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'kvilt' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"kvilt.{_HOME[name]}"), name)
+    name = "Store" if name == "CacheStore" else name
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"kvilt.{module}"), name)
+    raise AttributeError(f"module 'kvilt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
