@@ -85,7 +85,7 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         environment = {**os.environ, "PYTHONPATH": str(Path(kvilt.__file__).parents[1])}
-        script = Path(__file__).with_name("cli_server.py")
+        script = Path(__file__).parent / "cli" / "cli_server.py"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, str(script)], env=environment, **pipes)
         self._count = 0
