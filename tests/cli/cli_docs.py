@@ -9,7 +9,6 @@ from cli_kit import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 MARKED = re.compile(r"(<!-- help: kvilt ([\w ]+) -->\n)(.*?)(<!-- end of help -->)", re.DOTALL)
-EXAMPLE = re.compile(r"^\$ kvilt (.*)$", re.MULTILINE)
 
 
 def help_of(verb: str) -> str:
