@@ -12,6 +12,7 @@ import importlib
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -146,13 +147,17 @@ def build(kind: str, spec: str) -> object:
         return _made(kind, spec, load(kind, name.strip()), *(build(kind, part) for part in (first, *others)))
     name, options = parse(spec)
     cls = load(kind, name)
+    return _made(kind, spec, cls, **values(cls, options, f"{kind} {name!r}"))
+
+
+def values(cls: type, options: Mapping[str, str], what: str) -> dict[str, object]:
+    """Texts as the options of a class want them. Raises SpecError for unknown options and wrong values of `what`."""
     known = parameters(cls)
     for key in options:
         if key not in known:
-            hint = did_you_mean(key, known)
-            raise SpecError(f"{kind} {name!r} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}.")
-    values = {key: _converted(value, known[key], f"{name}:{key}") for key, value in options.items()}
-    return _made(kind, spec, cls, **values)
+            names = ", ".join(known) or "none"
+            raise SpecError(f"{what} has no option {key!r}.{did_you_mean(key, known)} Options: {names}.")
+    return {key: _converted(value, known[key], f"{key} of {what}") for key, value in options.items()}
 
 
 def _made(kind: str, spec: str, cls: type, *parts: object, **options: object) -> object:
@@ -194,6 +199,8 @@ def _quoted(value: object) -> str:
 
 def _converted(value: str, hint: object, where: str) -> object:
     options = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    if typing.get_origin(hint) is tuple:
+        return tuple(value.split("|"))
     if value == "None" and type(None) in typing.get_args(hint):
         return None
     if bool in options and value.lower() in ("true", "false", "yes", "no", "1", "0"):

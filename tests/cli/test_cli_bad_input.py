@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_kit import data, error, run, run_any, stored, write_documents
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 import zoo
+from cli_kit import data, error, run, run_any, stored, write_documents
 from kvilt.strategies.wrapper import Wrapper
 
 ASK = ("ask", "what?", "--max-new-tokens", 1)
@@ -42,7 +42,7 @@ ASK = ("ask", "what?", "--max-new-tokens", 1)
         (("ask", "what?", "--docs", "DOCS", "--strategy", "blok"), "Did you mean 'block'"),
         (("ask", "what?", "--docs", "DOCS", "--strategy", "block:sink"), "bad option 'sink'"),
         (("ask", "what?", "--docs", "DOCS", "--strategy", "kvlink:link=5"), "Did you mean 'links'"),
-        (("ask", "what?", "--docs", "DOCS", "--strategy", "kvlink:links=five"), "kvlink:links wants"),
+        (("ask", "what?", "--docs", "DOCS", "--strategy", "kvlink:links=five"), "links of strategy 'kvlink' wants int"),
         (("ask", "what?", "--docs", "DOCS", "--model", "MODEL", "--store", "dsk"), "Did you mean 'disk'"),
         (("ask", "what?", "--docs", "DOCS", "--model", "MODEL", "--store", "disk:budget=lots"), "is not a size"),
         (("ask", "what?", "--docs", "DOCS", "--json", "--stream"), "give one of them"),

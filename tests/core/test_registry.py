@@ -95,9 +95,9 @@ def test_options_are_converted_by_their_types(monkeypatch: pytest.MonkeyPatch) -
     [
         ("outside:size", "bad option 'size'"),
         ("outside:=3", "bad option '=3'"),
-        ("outside:size=x", "size wants"),
-        ("outside:size=1.5", "size wants"),
-        ("outside:on=maybe", "on wants"),
+        ("outside:size=x", "option size of strategy 'outside' wants"),
+        ("outside:size=1.5", "option size of strategy 'outside' wants"),
+        ("outside:on=maybe", "on of strategy 'outside' wants"),
         ("outside:sise=1", "Did you mean 'size'"),
         ("outside:size=1,size=2", "stands twice"),
         ("outside:encoding=x", "has no option 'encoding'"),

@@ -72,12 +72,24 @@ class Stored(Output):
 
 
 @dataclass(frozen=True)
-class Loaded(Output):
-    """A verb that loads a model."""
+class Named(Output):
+    """A verb on a model."""
 
     model: Annotated[
         str | None, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")
     ] = None
+
+    def named(self) -> str:
+        """The model's name. Raises UserError where none is given."""
+        if not self.model:
+            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
+        return self.model
+
+
+@dataclass(frozen=True)
+class Loaded(Named):
+    """A verb that loads a model."""
+
     dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
     system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
@@ -88,9 +100,7 @@ class Loaded(Output):
     def named(self) -> str:
         """The model's name. Raises UserError where none is given."""
         utf8(self.system or "", "--system")
-        if not self.model:
-            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
-        return self.model
+        return super().named()
 
     def load(self, strategy: object, store: object = "memory", **more: Any) -> Engine:
         """An engine with the model. Raises UserError where it cannot be loaded."""
@@ -199,8 +209,10 @@ def flat(function: Verb) -> Verb:
 def _fields(group: Any) -> list[inspect.Parameter]:
     """Options of a group, those of the most special class first."""
     hints = get_type_hints(group, include_extras=True)
-    inherited = {f.name for base in group.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
-    ordered = sorted(dataclasses.fields(group), key=lambda f: f.name in inherited)
+    classes = [cls.__annotations__ for cls in group.__mro__ if dataclasses.is_dataclass(cls)]
+    ordered = sorted(
+        dataclasses.fields(group), key=lambda f: next(i for i, names in enumerate(classes) if f.name in names)
+    )
     return [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
         for f in ordered

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kvilt.cli.talk import shown
+from kvilt.cli.talk import shown, span
 from kvilt.stores.sizes import show_size
 
 if TYPE_CHECKING:
@@ -126,15 +126,8 @@ def diagnosis(made: Diagnosis) -> Iterator[str]:
 
 def ago(moment: float) -> str:
     """A time in the past, for people."""
-    return f"{_span(time.time() - moment)} ago"
+    return f"{span(time.time() - moment)} ago"
 
 
 def _until(moment: float | None) -> str:
-    return "never" if moment is None else f"in {_span(moment - time.time())}"
-
-
-def _span(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} seconds"
+    return "never" if moment is None else f"in {span(moment - time.time())}"

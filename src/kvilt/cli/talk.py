@@ -81,24 +81,37 @@ class Meter:
 
     def __init__(self, label: str) -> None:
         self.label, self.line = label, ""
+        self.draws = sys.stderr.isatty() and own.isEnabledFor(logging.INFO)
         self._began = self._spoke = time.monotonic()
         self._first: float | None = None
-        self.draws = sys.stderr.isatty() and own.isEnabledFor(logging.INFO)
+        self._said = label
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
-        """Hear that so much of the work is done; the first word comes at once where nothing else is to be seen."""
+    def __call__(self, done: float, total: float, note: str = "", left: float | None = None) -> None:
+        """Hear that so much of the work is done, and if it is known better the seconds that are left.
+
+        The first word comes within a second, and that of a new label at once."""
         now, first = time.monotonic(), self._first is None
         self._first = done if self._first is None else self._first
-        took, gained = now - self._began, done - self._first
-        left = f", {took / gained * (total - done):,.0f} s left" if gained > 0 and done < total else ""
-        self.line = f"{self.label}: {note or f'{done:,.0f}/{total:,.0f}'}{left}"
-        if self.draws and (first or now - self._spoke > DRAW_SECONDS):
-            _print(shown(self.line), end="")
-        elif not self.draws and now - self._spoke > (1.0 if first else LINE_SECONDS):
-            say(self.line)
-        else:
+        if left is None and done > self._first:
+            left = (now - self._began) / (done - self._first) * (total - done)
+        more = f", {span(left)} left" if left and done < total else ""
+        self.line = f"{self.label}: {note or f'{done:,.0f}/{total:,.0f}'}{more}"
+        pause = DRAW_SECONDS if self.draws else 1.0 if first else LINE_SECONDS
+        if now - self._spoke < pause and self.label == self._said:
             return
-        self._spoke = now
+        self._spoke, self._said = now, self.label
+        if self.draws:
+            _print(shown(self.line), end="")
+        else:
+            say(self.line)
+
+
+def span(seconds: float) -> str:
+    """A time for people."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} seconds"
 
 
 @contextlib.contextmanager
