@@ -182,15 +182,17 @@ class FileRows:
 
     def _read(self, name: str, span: Span, layers: range, out: Tensor) -> None:
         size = (span.end - span.start) // span.shape[0]  # bytes of a layer
-        pieces = list(_pieces(out, heads=name == "rows"))  # one memoryview per digest
-        into = [_bytes_of(out)] if out.is_contiguous() else pieces
+        unchecked = [layer for layer in layers if (name, layer) in self._unchecked]
+        scattered = not out.is_contiguous()
+        pieces = list(_pieces(out, heads=name == "rows")) if unchecked or scattered else []  # one memoryview per digest
+        into = pieces if scattered else [_bytes_of(out)]
         _fill(self.blob, self.header.key, span.start + layers.start * size, into)
         each = len(pieces) // len(layers)
         first = 0 if name == "rows" else self._blocks - len(self._parts()) + self._parts().index(name)
-        for i, layer in enumerate(layers):
-            if (name, layer) in self._unchecked:
-                self._check(name, layer, first, pieces[i * each : (i + 1) * each])
-                self._unchecked.discard((name, layer))
+        for layer in unchecked:
+            i = layer - layers.start
+            self._check(name, layer, first, pieces[i * each : (i + 1) * each])
+            self._unchecked.discard((name, layer))
 
     def _check(self, name: str, layer: int, first: int, pieces: Sequence[memoryview]) -> None:
         for number, piece in enumerate(pieces, layer * self._blocks + first):
