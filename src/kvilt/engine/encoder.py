@@ -140,7 +140,8 @@ class Encoder:
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
-        key = self.model.key(ids, e, self.compression.identity(title), self.namespace)
+        compression = "" if self.compression == NONE else self.compression.identity(title)
+        key = self.model.key(ids, e, compression, self.namespace)
         return Item(document, ids, key, title, saved)
 
     def encode(

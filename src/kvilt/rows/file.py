@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from kvilt.errors import DamagedCache, DocumentError
 from kvilt.rows.codec import CODECS, QuantisedRows
-from kvilt.rows.header import FIRST, MAX_TITLE, VERSION, Header, Readable, Span, read_header, write_header
+from kvilt.rows.header import DIGEST_AT, FIRST, ITEM, MAX_TITLE, VERSION, Header, Readable, Span, read_header
 from kvilt.rows.rows import whole
 from kvilt.types import CacheKey, DocumentCache
 
 RAW = "raw"
+NO_DIGEST = "0" * 64  # stands in a header until its own digest is known
+PAGE = 4096
 DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
 _DTYPES = {
     "F64": torch.float64,
@@ -58,7 +61,21 @@ def pack(cache: DocumentCache, *, title: str = "", created: float = 0.0) -> list
         **{f"digest.{name}": blake3(data[name]).hexdigest() for name in FIRST if name in data},
     }
     shapes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return [memoryview(write_header(meta, shapes)), *data.values()]
+    return [memoryview(_write_header(meta, shapes)), *data.values()]
+
+
+def _write_header(meta: Mapping[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+    """The bytes before the first tensor, padded so that the rows begin on a page; `tensors` are dtypes and shapes."""
+    spans, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + ITEM[dtype] * math.prod(shape)
+        spans[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"header": NO_DIGEST, **meta}, **spans}, separators=(",", ":"))
+    text += " " * (-(8 + len(text) + spans["rows"]["data_offsets"][0]) % PAGE)  # type: ignore[index,operator]
+    raw = len(text).to_bytes(8, "little") + text.encode()
+    seal = blake3(raw[:DIGEST_AT]).update(raw[DIGEST_AT + 64 :]).hexdigest()
+    return raw[:DIGEST_AT] + seal.encode() + raw[DIGEST_AT + 64 :]
 
 
 def _digests(parts: dict[str, Tensor]) -> Tensor:

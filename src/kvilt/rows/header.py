@@ -28,10 +28,8 @@ FIRST = ("tokens", "offsets", "chunks", "digests")  # read when a file is opened
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}  # bytes of a number
 MAX_HEADER = 1 << 20
 MAX_TITLE = 4096  # bytes
-_NO_DIGEST = "0" * 64
-_OPENING = b'{"__metadata__":{"header":"'  # the header's digest follows, behind the 8 bytes of its length
-_DIGEST_AT = 8 + len(_OPENING)
-_PAGE = 4096
+OPENING = b'{"__metadata__":{"header":"'  # the header's digest follows, behind the 8 bytes of its length
+DIGEST_AT = 8 + len(OPENING)
 
 
 class Readable(Protocol):
@@ -81,19 +79,6 @@ class Header:
         return self.fields.get("namespace", "shared")
 
 
-def write_header(meta: Mapping[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
-    """The bytes before the first tensor, padded so that the rows begin on a page; `tensors` are dtypes and shapes."""
-    spans, offset = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + ITEM[dtype] * math.prod(shape)
-        spans[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps({"__metadata__": {"header": _NO_DIGEST, **meta}, **spans}, separators=(",", ":"))
-    text += " " * (-(8 + len(text) + spans["rows"]["data_offsets"][0]) % _PAGE)  # type: ignore[index,operator]
-    raw = len(text).to_bytes(8, "little") + text.encode()
-    return raw[:_DIGEST_AT] + _seal(raw) + raw[_DIGEST_AT + 64 :]
-
-
 def read_header(key: str, blob: Readable) -> Header:
     """The checked header of the document stored under `key` (64 hex digits).
 
@@ -105,7 +90,7 @@ def read_header(key: str, blob: Readable) -> Header:
         meta = data.pop("__metadata__")
         if meta["version"] != VERSION:
             raise OtherVersion(key, str(meta["version"]), VERSION)
-        if raw[_DIGEST_AT : _DIGEST_AT + 64] != _seal(raw):
+        if raw[DIGEST_AT : DIGEST_AT + 64] != _seal(raw):
             raise ValueError("its header does not match its digest")
         header = _parsed(meta, data, len(raw), blob.size)
     except (
@@ -128,12 +113,12 @@ def _raw(blob: Readable) -> bytes:
     start = bytearray(min(16 << 10, blob.size))  # one read for most headers
     blob.read(0, [memoryview(start)])
     length = 8 + int.from_bytes(start[:8], "little")
-    if not _DIGEST_AT + 64 < length <= min(blob.size, MAX_HEADER):
+    if not DIGEST_AT + 64 < length <= min(blob.size, MAX_HEADER):
         raise ValueError("it is cut off, or not a safetensors file")
     if length > len(start):
         start = bytearray(length)
         blob.read(0, [memoryview(start)])
-    if not start[8:].startswith(_OPENING):
+    if not start[8:].startswith(OPENING):
         raise ValueError("its header is not one of Kvilt's")
     return bytes(start[:length])
 
@@ -170,4 +155,4 @@ def _span(info: dict[str, Any], base: int) -> Span:
 
 def _seal(raw: bytes) -> bytes:
     """Digest of a header, but for the place where the digest itself stands."""
-    return blake3(raw[:_DIGEST_AT]).update(raw[_DIGEST_AT + 64 :]).hexdigest().encode()
+    return blake3(raw[:DIGEST_AT]).update(raw[DIGEST_AT + 64 :]).hexdigest().encode()
