@@ -51,8 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for number, text in enumerate(texts * 2):
         (tmp_path / "passages" / f"{number:02}.txt").write_text(f"{text} This is text {number}.")
     (tmp_path / "more.jsonl").write_text(json.dumps({"text": "More of it.", "title": "More", "id": "more"}) + "\n")
-    asked = {"documents": texts, "question": "Where was Ada Lorn born?", "answers": ["Tavik"]}
-    (tmp_path / "questions.jsonl").write_text((json.dumps(asked) + "\n") * 4)
+    rows = [{"documents": texts, "question": f"Where was Ada {n} born?", "answers": ["Tavik"]} for n in range(6)]
+    for name in ("questions.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "questions.txt").write_text("Where was Ada Lorn born?\nWho is based in Orsa?\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -80,7 +80,7 @@ def floor(engine: Engine, documents: Sequence[Document], against: Sequence[Targe
         forced = Segment(torch.tensor(t.tokens[:-1], dtype=torch.long), plan.end, name="answer")
         plan = replace(plan, segments=(*plan.segments, forced)) if forced.length else plan
         scored.append(engine.model.dense(plan.dense(), plan.learned)[-len(t.tokens) :])
-    return _closeness("full, as one dense pass", against, scored, 1.0, 1.0, against[0].text)
+    return _closeness("full, as one dense pass", against, scored, 1.0, against[0].text)
 
 
 def compare(
@@ -101,17 +101,14 @@ def compare(
 
 def _compared(engine: Engine, documents: Sequence[Document], against: Sequence[Target]) -> Closeness:
     """Scored over full recompute's answers, so that one early difference does not count for all later tokens."""
-    own = [engine.answer(t.question, documents, max_new_tokens=len(t.tokens)) for t in against]
     scored = [engine.score(t.question, documents, t.tokens) for t in against]
-    same = sum(a.tokens == t.tokens for a, t in zip(own, against, strict=True)) / len(own)
-    charged = sum(a.usage.charged for a in own) / len(own)
-    return _closeness(own[0].strategy, against, scored, same, charged, own[0].text)
+    own = engine.answer(against[0].question, documents, max_new_tokens=len(against[0].tokens))
+    return _closeness(own.strategy, against, scored, own.usage.charged, own.text)
 
 
-def _closeness(
-    name: str, against: Sequence[Target], scored: Sequence[Tensor], same: float, charged: float, text: str
-) -> Closeness:
+def _closeness(name: str, against: Sequence[Target], scored: Sequence[Tensor], charged: float, text: str) -> Closeness:
     wanted, given = torch.cat([t.logits for t in against]).float(), torch.cat(list(scored)).float()  # (tokens, vocab)
-    agreement = float((given.argmax(-1) == wanted.argmax(-1)).float().mean())
+    agree = given.argmax(-1) == wanted.argmax(-1)
+    same = [bool(part.all()) for part in agree.split([len(t.tokens) for t in against])]  # then greedy answers are, too
     kl = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
-    return Closeness(name, same, agreement, max(float(kl), 0.0), charged, text)
+    return Closeness(name, sum(same) / len(same), float(agree.float().mean()), max(float(kl), 0.0), charged, text)

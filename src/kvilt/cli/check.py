@@ -50,7 +50,7 @@ def _verified(
     yield ""
     yield f"Answers of full recompute to {len(wanted)} questions:"
     for target in wanted:
-        yield f"  {target.question}  ->  {target.text}"
+        yield f"  {target.question[:WIDEST]}  ->  {target.text[:WIDEST]}"
     yield ""
     yield "Every strategy beside them; the first row is what rounding alone does. A method's distance is its own:"
     heads = ("strategy", "same answers>", "same tokens>", "KL nats/token>", "charged>", "answer to the first question")
