@@ -109,6 +109,8 @@ def _compared(engine: Engine, documents: Sequence[Document], against: Sequence[T
 def _closeness(name: str, against: Sequence[Target], scored: Sequence[Tensor], charged: float, text: str) -> Closeness:
     wanted, given = torch.cat([t.logits for t in against]).float(), torch.cat(list(scored)).float()  # (tokens, vocab)
     agree = given.argmax(-1) == wanted.argmax(-1)
-    same = [bool(part.all()) for part in agree.split([len(t.tokens) for t in against])]  # then greedy answers are, too
+    same = [
+        bool(part.all()) for part in torch.split(agree, [len(t.tokens) for t in against])
+    ]  # then greedy answers are, too
     kl = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
     return Closeness(name, sum(same) / len(same), float(agree.float().mean()), max(float(kl), 0.0), charged, text)
