@@ -1,0 +1,108 @@
+"""The contract every store meets: bytes under a key. A document exists if and only if its blob exists.
+
+Nothing here knows what the bytes mean; pins, time to live, budgets and statistics are the catalogue's (`catalogue`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeAlias
+
+from kvilt.errors import StoreError
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class Blob(Protocol):
+    """The bytes of one stored document, opened for reading."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Differs from what it was if the bytes may have changed since."""
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        """Fill all of `into` (writable bytes) from `offset` on. Raises OSError, and EOFError where the bytes end."""
+
+    def close(self) -> None:
+        """Release what it holds now rather than with the last reference."""
+
+
+Blobs: TypeAlias = "list[Blob | None]"
+
+
+class MemoryBlob:
+    """Bytes in memory, in one piece or several."""
+
+    def __init__(self, data: Sequence[memoryview]) -> None:
+        starts = itertools.accumulate(map(len, data), initial=0)
+        self._pieces = [(start, piece) for start, piece in zip(starts, data, strict=False) if len(piece)]
+        self.size = sum(map(len, data))
+        self.identity = object()
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        """Copy from `offset` on into all of `into`."""
+        if offset + sum(map(len, into)) > self.size:
+            raise EOFError(f"it ends after {self.size} bytes")
+        for view in into:
+            for start, piece in self._pieces:
+                skip = offset - start
+                if 0 <= skip < len(piece) and len(view):
+                    part = piece[skip : skip + len(view)]
+                    view[: len(part)] = part
+                    view, offset = view[len(part) :], offset + len(part)
+
+    def close(self) -> None:
+        """Nothing to do: the bytes go with the last reference."""
+
+
+class BlobStore(ABC):
+    """Bytes by key. A key is 64 hex digits; anything else raises StoreError before anything is touched."""
+
+    @abstractmethod
+    def get_many(self, keys: Sequence[str]) -> Blobs:
+        """The blob of every key; None where there is none, or it cannot be read just now."""
+
+    @abstractmethod
+    def put(self, key: str, data: Sequence[memoryview]) -> bool:
+        """Store the joined `data`, all or nothing; False if the key was there already. Raises StoreUnavailable."""
+
+    @abstractmethod
+    def delete(self, key: str) -> bool:
+        """Remove a blob; whether it was there. Raises StoreUnavailable."""
+
+    @abstractmethod
+    def list(self) -> Iterator[tuple[str, int]]:
+        """Key and bytes of every blob. Raises StoreUnavailable."""
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        """Which of these keys have a blob."""
+        wanted = [*keys]
+        there = {key: blob for key, blob in zip(wanted, self.get_many(wanted), strict=True) if blob is not None}
+        for blob in there.values():
+            blob.close()
+        return set(there)
+
+    def set_aside(self, key: str, reason: str) -> bool:
+        """Take a damaged blob out of service, kept for inspection where the store can; whether it was there."""
+        return self.delete(key)
+
+    def sweep(self) -> int:
+        """Remove what dead writers left behind, and what was set aside long ago; bytes freed."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027
+        """Release files and connections; the store may be used again."""
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it is one. Raises StoreError."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise StoreError(f"{key!r:.80} is no key of a stored document: a key is 64 hex digits (0-9, a-f).")
+    return key

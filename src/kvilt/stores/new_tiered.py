@@ -1,0 +1,105 @@
+"""Blob stores behind blob stores: the fast ones answer first, the last one holds everything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvilt.errors import SpecError, StoreError, StoreUnavailable
+from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key
+from kvilt.stores.new_disk import DiskStore
+from kvilt.stores.new_memory import MemoryStore
+from kvilt.stores.store import Store
+
+
+class TieredBlobs(BlobStore):
+    """Blobs in the last tier, and copies of some of them in faster ones. What the last tier lost, no other answers."""
+
+    def __init__(self, tiers: Sequence[BlobStore]) -> None:
+        if not tiers:
+            raise SpecError("a tiered store needs at least one store.")
+        self.tiers, self.last = list(tiers), tiers[-1]
+
+    def get_many(self, keys: Sequence[str]) -> Blobs:
+        blobs: dict[str, Blob] = {}
+        missing = self._there(keys)
+        for level, tier in enumerate(self.tiers):
+            for key, blob in zip(missing, tier.get_many(missing), strict=True):
+                if blob is not None:
+                    blobs[key] = self._promoted(key, blob, level)
+            missing = [key for key in missing if key not in blobs]
+        return [blobs.get(key) for key in keys]
+
+    def put(self, key: str, data: Sequence[memoryview]) -> bool:
+        made = self.last.put(key, data)
+        for tier in self.tiers[:-1]:
+            with contextlib.suppress(StoreError):  # the last tier is the one that counts
+                tier.put(key, data)
+        return made
+
+    def delete(self, key: str) -> bool:
+        return sum([tier.delete(key) for tier in reversed(self.tiers)]) > 0  # all of them, not only the first
+
+    def list(self) -> Iterator[tuple[str, int]]:
+        return self.last.list()
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        return self.last.contains(keys)
+
+    def set_aside(self, key: str, reason: str) -> bool:
+        return sum([tier.set_aside(key, reason) for tier in self.tiers]) > 0
+
+    def sweep(self) -> int:
+        return sum(tier.sweep() for tier in self.tiers)
+
+    def close(self) -> None:
+        for tier in self.tiers:
+            tier.close()
+
+    def _there(self, keys: Sequence[str]) -> Sequence[str]:
+        """Which keys the last tier holds; all of them may be, while it cannot be asked."""
+        unique = list(dict.fromkeys(check_key(key) for key in keys))
+        with contextlib.suppress(StoreUnavailable):
+            there = self.last.contains(unique)
+            return [key for key in unique if key in there]
+        return unique
+
+    def _promoted(self, key: str, blob: Blob, level: int) -> Blob:
+        """A copy in the fastest tier that takes one."""
+        if level == 0:
+            return blob
+        with contextlib.suppress(OSError, EOFError, StoreError):  # a copy is never worth failing for
+            data = memoryview(bytearray(blob.size))
+            blob.read(0, [data])
+            for tier in reversed(self.tiers[:level]):
+                with contextlib.suppress(StoreUnavailable):
+                    tier.put(key, [data])
+        return next((copy for tier in self.tiers[:level] for copy in tier.get_many([key]) if copy), blob)
+
+
+class TieredStore(Store):
+    """Memory before disk: `tiered:memory=2GB,path=caches,budget=200GB,policy=lru,quota=20GB`.
+
+    `policy` holds for both, `budget` and `quota` for the disk."""
+
+    def __init__(
+        self,
+        memory: str | int = "2GB",
+        path: str | None = None,
+        budget: str | int | None = None,
+        policy: str = "lru",
+        quota: str | int | None = None,
+    ) -> None:
+        self._set_up([MemoryStore(memory, policy), DiskStore(path, budget, policy, quota)])
+
+    @classmethod
+    def of(cls, *stores: Store) -> TieredStore:
+        """Tiers of any stores, fastest first. Raises SpecError."""
+        tiered = cls.__new__(cls)
+        tiered._set_up(list(stores))
+        return tiered
+
+    def _set_up(self, stores: list[Store]) -> None:
+        self.stores = stores
+        blobs = TieredBlobs([store.blobs for store in stores])
+        super().__init__(blobs, [kept for store in stores for kept in store.kept])
