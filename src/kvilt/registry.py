@@ -41,9 +41,9 @@ TABLE: dict[str, dict[str, str]] = {
         "random": "kvilt.strategies.random:RandomRecompute",
     },
     "store": {
-        "memory": "kvilt.stores.store:Store",
-        "disk": "kvilt.stores.store:Store",
-        "tiered": "kvilt.stores.store:Store",
+        "memory": "kvilt.stores.memory:MemoryStore",
+        "disk": "kvilt.stores.disk:DiskStore",
+        "tiered": "kvilt.stores.tiered:TieredStore",
     },
     "compress": {
         "llmlingua2": "kvilt.compress.text:LLMLingua2",

@@ -8,13 +8,13 @@ import signal
 import sys
 import traceback
 
-import kvilt.stores.disk
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvilt.cli
 import kvilt.cli.app
 import kvilt.cli.work
+import kvilt.stores.disk
 
 LOADED = (torch, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast)
 

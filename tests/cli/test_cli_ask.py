@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_kit import data, run, write_documents
 from safetensors.torch import load_file
 
+from cli_kit import data, run, write_documents
 from kvilt.engine.documents import read_documents
 from kvilt.engine.engine import Engine
 from kvilt.strategies.wrapper import Wrapper

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_kit import data, error, run, stored
 
+from cli_kit import data, error, run, stored
 from kvilt.cli import show
 from kvilt.types import Encoding
 

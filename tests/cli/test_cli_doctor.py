@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cli_kit import data, run, stored
-from kvilt.stores.disk import DiskStore
 from tokenizers import normalizers
 
 import zoo
+from cli_kit import data, run, stored
+from kvilt.stores.disk import DiskStore
 from kvilt.strategies.wrapper import Wrapper
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from cli_kit import Processes, data, stored, wait_for, write_documents
 from kvilt.stores.disk import DiskStore
 

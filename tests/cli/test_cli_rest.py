@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli_kit import data, error, run
 
 import kvilt
+from cli_kit import data, error, run
 from kvilt import registry
 from kvilt.check import gates
 from kvilt.cli.several import spread

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvilt.stores.disk import DiskStore
 
 import zoo
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, cache_of, engine_of, ids, layout, off, off_dense, prompt, pruned
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.plan import Plan, Segment
+from kvilt.stores.disk import DiskStore
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.full import recompute
 from kvilt.strategies.kvlink import DESCRIPTION, LinkTokens

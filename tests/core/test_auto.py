@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from kvilt.model.pace import Pace
-from kvilt.stores.memory import MemoryStore
 from torch import Tensor
 
 import zoo
@@ -22,6 +21,7 @@ from kvilt.errors import SpecError
 from kvilt.model import pace
 from kvilt.model.model import Model
 from kvilt.plan import Plan
+from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.auto import Auto
 from kvilt.strategies.block import BlockAttention
 from kvilt.strategies.epic import Epic

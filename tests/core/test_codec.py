@@ -8,9 +8,6 @@ import pytest
 import torch
 from kvilt.rows.format import file_size, open_file, write_file
 from kvilt.stores.base import CacheStore
-from kvilt.stores.disk import DiskStore
-from kvilt.stores.memory import MemoryStore
-from kvilt.stores.tiered import TieredStore
 from torch import Tensor
 
 import zoo
@@ -20,6 +17,9 @@ from kvilt.model.model import Model
 from kvilt.model.rope import turned
 from kvilt.plan import Layout
 from kvilt.rows.codec import CODECS, GRID, PackedLayers
+from kvilt.stores.disk import DiskStore
+from kvilt.stores.memory import MemoryStore
+from kvilt.stores.tiered import TieredStore
 from kvilt.types import DocumentCache, Prompt, Which
 
 ERRORS = {"int8": 0.01, "int4": 0.12, "fp8": 0.03}  # relative, root mean square

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvilt.stores.disk import DiskStore
 from test_gates import MATRIX
 
 import zoo
@@ -16,6 +15,7 @@ from kvilt.compress.base import Compression
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.model.model import Model
+from kvilt.stores.disk import DiskStore
 from kvilt.types import Answer, Document
 
 SMALLER = ["int8", "keydiff:keep=0.5", "kvzip:keep=0.7+int4", "random:keep=0.6+fp8"]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvilt.stores.disk import DiskStore
-from kvilt.stores.memory import MemoryStore
 
 import zoo
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, off, wrapper_file
 from kvilt.engine.engine import Engine
 from kvilt.errors import DamagedCache, DocumentError, PromptError, SpecError, StoreUnavailable
+from kvilt.stores.disk import DiskStore
+from kvilt.stores.memory import MemoryStore
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding
 
 SPECS = ["full", "block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "prompt_cache:slot=64", "epic:tokens=3"]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvilt.stores.memory import MemoryStore
 
 import zoo
 from kvilt import registry
 from kvilt.check import gates
 from kvilt.engine.engine import Engine
 from kvilt.engine.text import TextFormat
+from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document

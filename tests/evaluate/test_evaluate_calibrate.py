@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvilt.stores.memory import MemoryStore
 from typer.testing import CliRunner
 
 import zoo
@@ -18,6 +17,7 @@ from kvilt.errors import DocumentError, PromptError, UserError
 from kvilt.lab.evaluate import calibrate as module
 from kvilt.lab.evaluate.calibrate import app, asked, calibrate, descend, made_up
 from kvilt.plan import ContextScaling, Segment
+from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.ape import Ape, ApeProfile
 from kvilt.strategies.full import FullRecompute
 from kvilt.types import Document

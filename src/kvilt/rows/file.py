@@ -36,7 +36,9 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def pack(cache: DocumentCache, *, title: str = "", created: float = 0.0) -> list[memoryview]:
+def pack(
+    cache: DocumentCache, *, title: str = "", created: float = 0.0, expires: float | None = None
+) -> list[memoryview]:
     """The file of a cache: its header, then its tensors. Raises DocumentError for a title that is too long to store."""
     rows = cache.rows
     if rows is None:
@@ -58,6 +60,7 @@ def pack(cache: DocumentCache, *, title: str = "", created: float = 0.0) -> list
         "dropped": str(cache.dropped),
         "title": title.encode("utf-8", "replace").decode(),  # other libraries refuse half characters
         "created": repr(created),
+        "expires": "" if expires is None else repr(expires),
         **{f"digest.{name}": blake3(data[name]).hexdigest() for name in FIRST if name in data},
     }
     shapes = {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -7,8 +7,8 @@ A document is one safetensors file, which any safetensors library reads. Its ten
     rows              (layers, 2, heads, rows, head_dim): keys without rotation, then values; layers one after another
     scales_keys, scales_values   of quantised rows (`rows.codec`)
 
-Metadata: format and version, codec, key digest and the key's fields in clear, length, dropped, title, time of creation, and
-digests of the tensors before the rows. The header's own digest stands first, at a fixed place, and covers every other byte
+Metadata: format and version, codec, key digest and the key's fields in clear, length, dropped, title, times of creation and
+expiry, digests of the tensors before the rows. The header's own digest stands first, at a fixed place, and covers every other byte
 of the header, so no bit of a file can change unnoticed. Digests find accidents, not attackers who may write to the store."""
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Header:
     dropped: int
     title: str
     created: float
+    expires: float | None
     spans: Mapping[str, Span]
     digests: Mapping[str, str]  # of the tensors before the rows
     bytes: int  # of the whole file
@@ -139,6 +140,7 @@ def _parsed(meta: dict[str, str], tensors: dict[str, Any], base: int, size: int)
         dropped=int(meta["dropped"]),
         title=str(meta["title"]),
         created=float(meta["created"]),
+        expires=float(meta["expires"]) if meta["expires"] else None,
         spans=spans,
         digests={name: str(meta[f"digest.{name}"]) for name in FIRST if name in spans},
         bytes=size,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvilt.errors import StoreUnavailable
-from kvilt.stores.new_database import Damage, Database
-from kvilt.stores.new_policy import make_policy
+from kvilt.stores.database import Damage, Database
+from kvilt.stores.policy import make_policy
 from kvilt.stores.sizes import show_size
 
 FLUSH_SECONDS = 2.0

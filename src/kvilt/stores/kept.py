@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
+from kvilt.rows.header import read_header
 from kvilt.stores.blobs import Blob, Blobs, BlobStore, MemoryBlob, check_key
 from kvilt.stores.catalogue import Catalogue, Entry, Limit, Pins
 
@@ -29,8 +30,6 @@ def check_namespace(name: str) -> str:
 
 def describe(key: str, blob: Blob) -> Entry:
     """A stored document as its own header tells it. Raises DamagedCache, OtherVersion, OSError."""
-    from kvilt.rows.header import read_header
-
     header = read_header(key, blob)
     title = header.title.encode("utf-8", "replace").decode()
     times = (header.created, header.expires or 0.0)

@@ -18,6 +18,7 @@ from kvilt.stores.kept import Kept, check_namespace, describe, look
 if TYPE_CHECKING:
     from kvilt.types import CacheKey, DocumentCache
 
+__all__ = ["Entry", "Store", "StoreStats"]
 log = logging.getLogger("kvilt")
 
 REMEMBERED = 512  # opened caches, each of which keeps its file open

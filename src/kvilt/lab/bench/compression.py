@@ -16,7 +16,7 @@ from kvilt.model.model import Model
 from kvilt.model.placing import PlacedCache
 from kvilt.plan import Plan, Segment
 from kvilt.rows.rows import whole
-from kvilt.stores.store import Store as DiskStore
+from kvilt.stores.disk import DiskStore
 from kvilt.types import Document, DocumentCache, Encoding
 
 

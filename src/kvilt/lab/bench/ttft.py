@@ -23,7 +23,7 @@ from kvilt.model.model import Model
 from kvilt.model.placing import PlacedCache
 from kvilt.plan import Plan
 from kvilt.registry import build
-from kvilt.stores.store import Store as DiskStore
+from kvilt.stores.disk import DiskStore
 from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document

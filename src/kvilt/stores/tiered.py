@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from kvilt.errors import SpecError, StoreError, StoreUnavailable
+from kvilt.errors import StoreError, StoreUnavailable
 from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key
-from kvilt.stores.new_disk import DiskStore
-from kvilt.stores.new_memory import MemoryStore
+from kvilt.stores.disk import DiskStore
+from kvilt.stores.memory import MemoryStore
 from kvilt.stores.store import Store
 
 
@@ -16,8 +16,6 @@ class TieredBlobs(BlobStore):
     """Blobs in the last tier, and copies of some of them in faster ones. What the last tier lost, no other answers."""
 
     def __init__(self, tiers: Sequence[BlobStore]) -> None:
-        if not tiers:
-            raise SpecError("a tiered store needs at least one store.")
         self.tiers, self.last = list(tiers), tiers[-1]
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
@@ -78,28 +76,19 @@ class TieredBlobs(BlobStore):
 
 
 class TieredStore(Store):
-    """Memory before disk: `tiered:memory=2GB,path=caches,budget=200GB,policy=lru,quota=20GB`.
+    """Memory before disk, `tiered:memory=2GB,path=caches,budget=200GB,policy=lru,quota=20GB`, or any stores, fastest first.
 
-    `policy` holds for both, `budget` and `quota` for the disk."""
+    Of memory before disk `policy` is both's, `budget` and `quota` are the disk's."""
 
     def __init__(
         self,
+        *_stores: Store,
         memory: str | int = "2GB",
         path: str | None = None,
         budget: str | int | None = None,
         policy: str = "lru",
         quota: str | int | None = None,
     ) -> None:
-        self._set_up([MemoryStore(memory, policy), DiskStore(path, budget, policy, quota)])
-
-    @classmethod
-    def of(cls, *stores: Store) -> TieredStore:
-        """Tiers of any stores, fastest first. Raises SpecError."""
-        tiered = cls.__new__(cls)
-        tiered._set_up(list(stores))
-        return tiered
-
-    def _set_up(self, stores: list[Store]) -> None:
-        self.stores = stores
-        blobs = TieredBlobs([store.blobs for store in stores])
-        super().__init__(blobs, [kept for store in stores for kept in store.kept])
+        self.stores = _stores or (MemoryStore(memory, policy), DiskStore(path, budget, policy, quota))
+        blobs = TieredBlobs([store.blobs for store in self.stores])
+        super().__init__(blobs, [kept for store in self.stores for kept in store.kept])
