@@ -79,6 +79,27 @@ def ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(FIRST, zoo.VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+class Bytes:
+    """A blob in memory that counts what is read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.size, self.asked = bytearray(data), len(data), 0
+
+    @property
+    def identity(self) -> object:
+        return id(self)
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        for piece in into:
+            if offset + len(piece) > len(self.data):
+                raise EOFError
+            piece[:] = self.data[offset : offset + len(piece)]
+            offset, self.asked = offset + len(piece), self.asked + len(piece)
+
+    def close(self) -> None:
+        pass
+
+
 def make_key(run: Tensor, **other: str) -> CacheKey:
     """The key of a document that no model has made."""
     key = CacheKey("model", "tokenizer", "rope", "float32", "encoding", "", digest_of(run))

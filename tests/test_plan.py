@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import zoo
-from core_kit import TOLERANCE, bare, cache_of, fake, ids, layout, off, off_dense, prompt, pruned
+from core_kit import TOLERANCE, bare, cache_of, fake, ids, layout, off, off_dense, prompt, pruned, rows_of, run
 from kvilt.model.model import Model
 from kvilt.plan import ContextScaling, Layout, Plan, Segment
-from kvilt.types import DocumentCache, Encoding, TensorLayers
+from kvilt.rows.rows import TensorRows, select
+from kvilt.types import DocumentCache, Encoding
 
 Q = torch.tensor([90, 91])
 FAMILIES = ("llama3-rope", "glm-interleaved")
@@ -242,7 +244,7 @@ def test_a_scaled_context_equals_one_dense_pass(family: str, make: object) -> No
     plain: Plan = make(model)  # type: ignore[operator]
     sharp = dataclasses.replace(plain, context=ContextScaling(0.6, 1.3))
     assert off_dense(model, sharp) < TOLERANCE
-    assert off(model.run(sharp)[0], model.run(plain)[0]) > 1e-3
+    assert off(run(model, sharp), run(model, plain)) > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -279,14 +281,15 @@ def test_what_is_computed_early_never_sees_what_stands_later() -> None:
     assert off(here[3:], there[3:]) > 1e-2
 
 
-def test_rows_hidden_by_pruning_do_not_matter() -> None:
+@pytest.mark.parametrize("drop", [pruned, select])
+def test_rows_hidden_by_pruning_do_not_matter(drop: Callable[[DocumentCache, Tensor], DocumentCache]) -> None:
     """Danger: the values of pruned rows still reach the answer through a full copy of the document."""
     model = zoo.model_of("llama")
     cache, keep = cache_of(model, ids(10, 1)), torch.tensor([1, 2, 8])
-    assert isinstance(cache.layers, TensorLayers)
-    spoiled = [k.clone().index_fill_(1, torch.tensor([0, 5]), 1e3) for k in cache.layers.values]
-    loud = dataclasses.replace(cache, layers=TensorLayers(cache.layers.keys, tuple(spoiled)))
-    clean, noisy = (model.run(layout(Q).reuse(pruned(c, keep)).ask().plan())[0] for c in (cache, loud))
+    spoiled = rows_of(cache)
+    spoiled[:, :, :, [0, 5]] = 1e3
+    loud = dataclasses.replace(cache, rows=TensorRows(spoiled))
+    clean, noisy = (run(model, layout(Q).reuse(drop(c, keep)).ask().plan()) for c in (cache, loud))
     assert torch.equal(clean, noisy)
 
 
@@ -297,4 +300,4 @@ def test_a_document_that_is_all_fresh_is_computed_like_any_text() -> None:
     again = layout(Q).compute(ids(2, 2)).reuse(cache, torch.ones(9, dtype=torch.bool)).ask().plan()
     plain = layout(Q).compute(ids(2, 2)).compute(tokens).ask().plan()
     assert again.reused_count == 0
-    assert off(model.run(again)[0], model.run(plain)[0]) < 1e-6
+    assert off(run(model, again), run(model, plain)) < 1e-6
