@@ -1,193 +1,149 @@
-"""Codecs: how far decoded rows are from what was encoded, how many bytes they take, and that stores keep every bit."""
+"""Codecs: how far decoded rows are from what was encoded, how many bytes they take, and that they are placed like any others."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
-from kvilt.rows.format import file_size, open_file, write_file
-from kvilt.stores.base import CacheStore
 from torch import Tensor
 
 import zoo
-from core_kit import DOCUMENTS, QUESTION, cache_of, engine_of, ids, off, pruned
-from kvilt.errors import DamagedCache, ModelError
+from core_kit import DOCUMENTS, QUESTION, cache_of, engine_of, ids, layout, off, placed_rows, pruned, rotated
+from kvilt.errors import ModelError
 from kvilt.model.model import Model
-from kvilt.model.rope import turned
-from kvilt.plan import Layout
-from kvilt.rows.codec import CODECS, GRID, PackedLayers
-from kvilt.stores.disk import DiskStore
-from kvilt.stores.memory import MemoryStore
-from kvilt.stores.tiered import TieredStore
-from kvilt.types import DocumentCache, Prompt, Which
+from kvilt.rows.codec import CODECS, SIDES, QuantisedRows
+from kvilt.rows.rows import TensorRows, select, whole
+from kvilt.types import DocumentCache
 
 ERRORS = {"int8": 0.01, "int4": 0.12, "fp8": 0.03}  # relative, root mean square
 BYTES = {"int8": 0.54, "int4": 0.30, "fp8": 0.53}  # of bfloat16's, head_dim 64
-SHAPES = [(8, 500, 64), (2, 64, 128), (3, 130, 80), (4, 1, 64), (2, 0, 64)]
+SHAPES = [(1, 8, 500, 64), (2, 2, 64, 128), (1, 3, 130, 80), (3, 4, 1, 64), (2, 2, 0, 64)]
+AXES = {"keys": -2, "values": -1}
 
 
-def rows_like_a_model(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Channels of unlike size and mean, as un-rotated keys have them."""
+def rows_like_a_model(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Channels of unlike size and mean, as keys without rotation have them, (layers, heads, rows, head_dim)."""
     random = torch.Generator().manual_seed(seed)
-    rows, size, mean = (torch.randn(n, generator=random) for n in (shape, (shape[0], 1, shape[2]), (shape[2],)))
+    layers, heads, _, dim = shape
+    rows, size, mean = (torch.randn(n, generator=random) for n in (shape, (layers, heads, 1, dim), (dim,)))
     return rows * size + 4 * mean
 
 
-def packed(cache: DocumentCache, name: str, family: str = "llama") -> DocumentCache:
+def quantised(cache: DocumentCache, name: str) -> DocumentCache:
     """The cache as the codec stores it."""
-    assert cache.layers is not None
-    move = zoo.model_of(family).rope.move
-    layers = PackedLayers.of(cache.layers, CODECS[name], lambda keys: move(keys, -cache.offsets))
-    return DocumentCache(cache.tokens, cache.offsets, cache.length, cache.key, layers, cache.dropped)
+    assert cache.rows is not None
+    return dataclasses.replace(cache, rows=QuantisedRows.of(cache.rows, CODECS[name]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CODECS)
 def test_decoded_rows_are_close_and_never_off_by_more_than_a_step(
-    name: str, shape: tuple[int, int, int], dtype: torch.dtype
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Danger: a scale rounded down clips the largest numbers; a last, shorter block gets its neighbour's scale."""
     codec = CODECS[name]
-    sides: tuple[Which, Which] = ("keys", "values")
-    for which in sides:
+    for axis in AXES.values():
         rows = rows_like_a_model(shape).to(dtype)
-        numbers, grid = codec.pack(rows, which)
-        found = codec.unpack(numbers, grid, which)
+        numbers, scales = codec.quantise(rows, axis)
+        assert scales.shape == codec.scales(shape, axis)
+        assert numbers.shape == (*shape[:3], shape[3] // codec.to_item)
+        found = codec.dequantise(numbers, scales, axis)
         assert found.dtype == torch.float32
         assert found.shape == rows.shape
         error = found - rows.float()
         assert error.norm() <= ERRORS[name] * rows.float().norm()
         if name != "fp8" and rows.numel():  # a float's step grows with the number
-            assert error.abs().max() <= 0.51 * grid[0].max()
-        into = torch.empty(shape, dtype=dtype)
-        assert torch.equal(codec.unpack(numbers, grid, which, into), found.to(dtype))
+            assert error.abs().max() <= 0.51 * scales[:, 0].max()
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_constant_and_extreme_channels(name: str) -> None:
     """Danger: a channel without any range divides by zero; tiny and huge numbers leave the range of their scale."""
     for value in (0.0, 1e-20, 3.5, -70000.0, 1e9):
-        rows = torch.full((2, 70, 64), value)
-        for which in ("keys", "values"):
-            found = CODECS[name].unpack(*CODECS[name].pack(rows, which), which)  # type: ignore[arg-type]
-            assert torch.allclose(found, rows, rtol=0.01)
+        rows = torch.full((1, 2, 70, 64), value)
+        for axis in AXES.values():
+            assert torch.allclose(CODECS[name].dequantise(*CODECS[name].quantise(rows, axis), axis), rows, rtol=0.01)
 
 
-def test_keys_are_packed_without_rotation() -> None:
-    """Danger: a channel whose rotation turns with the position uses its whole range, and nothing is gained by it."""
+def test_keys_share_their_scales_along_the_rows_and_values_along_the_channels() -> None:
+    """Danger: sides are swapped, and a large channel of the keys drowns all others."""
+    assert dict(SIDES) == {"scales_keys": -2, "scales_values": -1}
+    keys = torch.randn(1, 1, 40, 16) * torch.logspace(-3, 3, 16)
+    values = (
+        keys.transpose(-1, -2).repeat(1, 1, 1, 2)[..., :16].contiguous()
+    )  # (1, 1, 16, 16): a scale of its own to a row
+    both = torch.stack([keys[:, :, :16], values], 1)
+    found = whole(QuantisedRows.of(TensorRows(both), CODECS["int8"]))
+    assert off(found[:, 0, ..., 0], both[:, 0, ..., 0]) < 0.01  # the smallest channel
+    assert off(found[:, 1, :, 0], both[:, 1, :, 0]) < 0.01  # the smallest row
+
+
+def test_keys_are_quantised_without_rotation() -> None:
+    """Danger: a channel that turns with the position uses its whole range, and nothing is gained by it."""
     model = zoo.model_of("llama")
-    flat = rows_like_a_model((2, 1, 16)).expand(2, 300, 16)  # the same key at every place, but for its rotation
-    turning = model.rope.move(flat, torch.arange(300))
+    flat = rows_like_a_model((1, 2, 1, 16)).expand(1, 2, 300, 16)  # the same key at every place, but for its rotation
+    turning = rotated(model, flat, torch.arange(300))
     codec = CODECS["int4"]
-    assert (codec.unpack(*codec.pack(flat, "keys"), "keys") - flat).norm() < 0.005 * flat.norm()
-    assert (codec.unpack(*codec.pack(turning, "keys"), "keys") - turning).norm() > 0.02 * flat.norm()
+    assert (codec.dequantise(*codec.quantise(flat, -2), -2) - flat).norm() < 0.005 * flat.norm()
+    assert (codec.dequantise(*codec.quantise(turning, -2), -2) - turning).norm() > 0.02 * flat.norm()
+    engine = engine_of("block", compress="int4")
+    same = engine.encoder.make(engine.encoder.items([dataclasses.replace(DOCUMENTS[0], text="a" * 60, title=None)]))[0]
+    assert same.rows is not None
+    first = whole(same.rows, slice(0, 1))[0, 0, :, :60].float()  # layer 0: the same key sixty times, and a newline's
+    assert off(first, first[:, :1].expand_as(first)) < 0.02
 
 
 def test_channels_that_cannot_be_paired_are_refused() -> None:
     """Danger: an odd number of channels loses its last one."""
     with pytest.raises(ModelError, match="use int8"):
-        CODECS["int4"].pack(torch.zeros(2, 3, 5), "keys")
+        CODECS["int4"].quantise(torch.zeros(1, 2, 3, 5), -2)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_bytes_are_the_packed_ones_everywhere(name: str, tmp_path: Path) -> None:
-    """Danger: budgets, listings and usage count what the rows would take unpacked."""
-    layers = {f"{w}.{i}": rows_like_a_model((8, 500, 64)) for w in ("keys", "values") for i in range(2)}
-    parts = {}
-    for key, rows in layers.items():
-        parts[key], parts[key + GRID] = CODECS[name].pack(rows, key.split(".")[0])  # type: ignore[arg-type]
-    found = PackedLayers(CODECS[name], parts)
+def test_bytes_are_those_of_the_quantised_numbers(name: str) -> None:
+    """Danger: budgets, listings and usage count what the rows would take decoded."""
+    rows = torch.stack([rows_like_a_model((2, 8, 500, 64), seed) for seed in (0, 1)], 1)
+    found = QuantisedRows.of(TensorRows(rows), CODECS[name])
     assert found.shape == (2, 8, 500, 64)
-    assert found.nbytes == sum(p.nbytes for p in parts.values()) <= BYTES[name] * 2 * 4 * rows.numel()
-    key = cache_of(zoo.model_of("llama"), ids(4)).key
-    cache = DocumentCache(torch.arange(500), torch.arange(500), 500, key, found)
-    size = write_file(tmp_path / f"{key.digest}.safetensors", cache)
-    assert file_size(cache) == size < found.nbytes + 20000
-    store = MemoryStore()
-    store.put(cache)
-    assert store.stats().bytes == found.nbytes + cache.tokens.nbytes + cache.offsets.nbytes
-
-
-def stores(path: Path) -> list[CacheStore]:
-    return [MemoryStore(), DiskStore(str(path / "disk")), TieredStore("1GB", str(path / "tiered"))]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CODECS)
-def test_stores_give_back_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Danger: a store decodes and encodes again, or hands out buffers that the next read overwrites."""
-    plain = cache_of(zoo.model_of("llama"), ids(70))
-    made = packed(pruned(plain, torch.tensor([0, 2, 3, 50, 69])), name)
-    assert isinstance(made.layers, PackedLayers)
-    for store in stores(tmp_path):
-        store.put(made)
-        if isinstance(store, TieredStore):
-            assert store.stores[0].delete(made.key.digest)  # so that it comes back from the disk
-        for reader in (store, *getattr(store, "stores", ())[::-1]):
-            found = reader.get(made.key)
-            assert found is not None
-            assert found.nbytes == made.nbytes
-            assert found.layers is not None
-            assert found.layers.shape == made.layers.shape
-            assert torch.equal(found.offsets, made.offsets)
-            parts = {n: found.layers.read(n).clone() for n in made.layers.specs}  # type: ignore[attr-defined]
-            assert all(torch.equal(parts[n].view(torch.uint8), made.layers.read(n).view(torch.uint8)) for n in parts)
-            out = torch.empty(made.layers.shape[1:], dtype=dtype)
-            assert torch.equal(found.layers.fetch(3, "keys", out), made.layers.fetch(3, "keys").to(dtype))
-        assert store.verify() == []
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_a_damaged_packed_file_is_noticed(name: str, tmp_path: Path) -> None:
-    """Danger: a flipped bit in numbers or grid is decoded and served."""
-    made = packed(cache_of(zoo.model_of("llama"), ids(70)), name)
-    path = tmp_path / f"{made.key.digest}.safetensors"
-    write_file(path, made)
-    header = open_file(path).layers.header  # type: ignore[union-attr]
-    whole = path.read_bytes()
-    for part in ("keys.2", f"keys.2{GRID}", "values.0", f"values.0{GRID}"):
-        at = header.spans[part].start + 1
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        layers = open_file(path, made.key).layers
-        assert layers is not None
-        which, layer = part.split(".")[:2]
-        with pytest.raises(DamagedCache, match="does not match its digest"):
-            layers.fetch(int(layer), which)  # type: ignore[arg-type]
+    assert found.nbytes == sum(part.nbytes for part in found.parts().values()) <= BYTES[name] * 2 * rows.numel()
+    assert list(found.parts()) == ["rows", "scales_keys", "scales_values"]
+    assert off(whole(found), rows) < 0.2
 
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 1, 5, 6, 11])])
-def test_rows_are_placed_by_one_rotation_and_rounded_once(model: Model, name: str, keep: Tensor | None) -> None:
-    """Danger: packed keys are rotated twice, by the wrong row's place, or rounded to the model's dtype in between."""
+def test_rows_are_placed_by_one_rotation(model: Model, name: str, keep: Tensor | None) -> None:
+    """Danger: decoded keys are rotated twice or by the wrong row's place, or rounded on their way."""
     cache, fresh = cache_of(model, ids(12, 1)), torch.arange(12) < 3
-    cache = cache if keep is None else pruned(cache, keep)
-    family = next(f for f in zoo.FAMILIES if zoo.model_of(f) is model)
-    read = turned(packed(cache, name, family), model.rope)
-    assert read.layers is not None
-    flat = read.layers.packed.fetch(2, "keys")  # type: ignore[attr-defined]
-    empty = DocumentCache(ids(0), ids(0), 0, cache.key)
+    read = quantised(cache if keep is None else pruned(cache, keep), name)
+    assert read.rows is not None
+    flat = whole(read.rows)
     for recomputed in (None, fresh):
-        plan = Layout(Prompt(empty, (read,), ids(4))).compute(ids(5)).reuse(read, recomputed).ask().plan()
-        _, placed = model.run(plan)
+        plan = layout(ids(4), read).compute(ids(5)).reuse(read, recomputed).ask().plan()
         segment = plan.segments[1]
         rows = plan.bases[1] + segment.reused[segment.places].nonzero()[:, 0]
-        source = segment.reused[cache.offsets]
-        wanted = model.rope.move(flat[:, source], 5 + cache.offsets[source])
-        assert torch.equal(placed.buffer[2, 0][:, rows], wanted)
-        model.pool.give(placed.buffer)
-    again = model.rope.move(flat, cache.offsets)
-    assert torch.equal(read.layers.fetch(2, "keys"), again)
-    into = torch.empty(again.shape, dtype=torch.bfloat16)
-    assert torch.equal(read.layers.fetch(2, "keys", into), again.bfloat16())
+        source = segment.reused[read.offsets]
+        found = placed_rows(model, plan)[2, :, :, rows]
+        assert torch.equal(found[0], rotated(model, flat[2, 0][:, source], 5 + read.offsets[source]))
+        assert torch.equal(found[1], flat[2, 1][:, source])
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_selected_quantised_rows_are_those_of_the_index(name: str) -> None:
+    """Danger: a selection is made among the rows as they are stored, where two share a byte or a scale."""
+    cache = quantised(cache_of(zoo.model_of("llama"), ids(12, 1)), name)
+    some = select(cache, torch.tensor([2, 3, 9]))
+    assert cache.rows is not None
+    assert some.rows is not None
+    assert torch.equal(whole(some.rows), whole(cache.rows)[..., [2, 3, 9], :])
 
 
 def test_int8_answers_like_the_model_itself() -> None:
     """Danger: errors of rows add up to another answer."""
     plain = engine_of().score(QUESTION, DOCUMENTS, [75, 80, 90])
-    found = {n: engine_of().with_strategy("block", n).score(QUESTION, DOCUMENTS, [75, 80, 90]) for n in CODECS}
-    distance = {n: off(logits, plain) for n, logits in found.items()}
+    distance = {n: off(engine_of(compress=n).score(QUESTION, DOCUMENTS, [75, 80, 90]), plain) for n in CODECS}
     assert 0 < distance["int8"] < 0.02
     assert distance["int8"] < min(distance["fp8"], distance["int4"]) < 0.5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ class Fetched:
     documents: list[DocumentCache]
     hits: int
     misses: int
-    encoded: tuple[int, ...]  # tokens of every document that had to be encoded
+    encoded: tuple[int, ...]  # tokens of everything that had to be encoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class Engine:
         settings = Settings.of(self.model.hf, sampling)
         while True:
             try:
-                ready = self._ready(question, documents, allow_empty, max_new_tokens, clock)
+                ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, damaged)
                 room = self._room(ready.plan.end, max_new_tokens)
                 with self.model.run(ready.plan, room) as run:
                     clock.lap("run")
@@ -183,18 +183,19 @@ class Engine:
         damaged = set[str]()
         while True:
             try:
-                plan = self._ready(question, documents, allow_empty, len(continuation), Clock()).plan
-                self._room(plan.end, len(continuation), least=len(continuation))
+                count = len(continuation)
+                plan = self._ready(question, documents, allow_empty, count, Clock(), damaged, least=count).plan
+                self._room(plan.end, count, least=count)
                 forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
                 if forced.length:
                     plan = replace(plan, segments=(*plan.segments, forced))
-                return self.model.score(plan, len(continuation))
+                return self.model.score(plan, count)
             except DamagedCache as error:
                 self._repair(error, damaged)
 
     def plan(self, question: str, documents: Sequence[Document]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
-        return self._ready(question, documents, False, 1, Clock()).plan
+        return self._ready(question, documents, False, 1, Clock(), ()).plan
 
     def planned(self, prompt: Prompt) -> Plan:
         """The strategy's plan of a prompt, charged with what its probe passes have cost."""
@@ -205,16 +206,23 @@ class Engine:
         return replace(plan, overhead=plan.overhead + probe.charged) if probe.charged else plan
 
     def _ready(
-        self, question: str, documents: Sequence[Document], allow_empty: bool, wanted: int, clock: Clock
+        self,
+        question: str,
+        documents: Sequence[Document],
+        allow_empty: bool,
+        wanted: int,
+        clock: Clock,
+        damaged: Collection[str],
+        least: int = 1,
     ) -> Ready:
-        """Tokenise, key, fetch, encode what is missing, plan."""
+        """Tokenise, key, fetch, encode what is missing or damaged, plan."""
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
         asked = self.text.question_ids(question)
         items = self._items(documents)
-        self._room(self._least_end(items, asked), wanted)
+        self._room(self._least_end(items, asked), wanted, least)
         clock.lap("tokenise")
-        caches = self._fetch(items)
+        caches = self._fetch(items, damaged)
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
         prompt = Prompt(caches.system, tuple(caches.documents), asked, names, sum(i.saved for i in items))
@@ -230,32 +238,36 @@ class Engine:
     def _items(self, documents: Sequence[Document]) -> list[Item]:
         """Tokens and keys; those of known documents are remembered."""
         names = [(d.title, d.text) for d in documents]
-        new = {name: d for name, d in zip(names, documents, strict=True) if name not in self._known}
+        known = {name: item for name in names if (item := self._known.get(name)) is not None}
+        new = {name: d for name, d in zip(names, documents, strict=True) if name not in known}
         if new:
             if len(self._known) + len(new) > KNOWN:
                 self._known.clear()
-            self._known.update(zip(new, self.encoder.items(new.values()), strict=True))
-        known = [self._known[name] for name in names]
+            made = dict(zip(new, self.encoder.items(new.values()), strict=True))
+            self._known.update(made)
+            known |= made  # read here alone: another thread may have cleared the others
+        items = [known[name] for name in names]
         return [
-            i if i.document.store is d.store else replace(i, document=d) for i, d in zip(known, documents, strict=True)
+            i if i.document.store is d.store else replace(i, document=d) for i, d in zip(items, documents, strict=True)
         ]
 
-    def _fetch(self, items: Sequence[Item]) -> Fetched:
+    def _fetch(self, items: Sequence[Item], damaged: Collection[str]) -> Fetched:
         """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
         if self.strategy.encoding is None:
             return Fetched(self._bare(self._system), [self._bare(i) for i in items], 0, 0, ())
         stored = [i for i in items if i.document.store]
-        wanted = [self._system, *stored] if len(self._system.ids) else stored
-        caches = self._stored([i.key for i in wanted])
+        front = [self._system] if len(self._system.ids) else []
+        caches = self._stored([i.key for i in (*front, *stored) if i.key.digest not in damaged])
         missing = {i.key.digest: i for i in stored if i.key.digest not in caches}
+        lacking = [i for i in front if i.key.digest not in caches]
         if missing:
-            caches |= self.encoder.obtain(list(missing.values()))
-        if len(self._system.ids) and self._system.key.digest not in caches:
-            caches |= self._plain.obtain([self._system])
+            caches |= self.encoder.obtain(list(missing.values()), damaged)
+        if lacking:
+            caches |= self._plain.obtain(lacking, damaged)
         misses = sum(i.key.digest in missing for i in stored)
         documents = [caches[i.key.digest] if i.document.store else self._bare(i) for i in items]
-        system = caches[self._system.key.digest] if len(self._system.ids) else self._bare(self._system)
-        encoded = tuple(len(caches[digest].tokens) for digest in missing)
+        system = caches[self._system.key.digest] if front else self._bare(self._system)
+        encoded = tuple(len(caches[i.key.digest].tokens) for i in (*lacking, *missing.values()))
         return Fetched(system, documents, len(stored) - misses, misses, encoded)
 
     def _stored(self, keys: Sequence[CacheKey]) -> dict[str, DocumentCache]:

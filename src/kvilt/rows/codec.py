@@ -6,7 +6,7 @@ That works because keys are stored without rotation: a channel that turns with t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ class Codec(ABC):
     dtype: ClassVar[torch.dtype] = torch.uint8
     block: ClassVar[int | None] = None  # numbers that share a step; None: all along the axis
     has_low: ClassVar[bool] = True
+    to_item: ClassVar[int] = 1  # numbers that one stored item holds
 
     @abstractmethod
     def step(self, low: Tensor, high: Tensor) -> Tensor:
@@ -59,6 +60,12 @@ class Codec(ABC):
         numbers = self._join(self.encode(x / step.float()).to(self.dtype), axis, rows.shape[axis])
         return self.squeeze(numbers), torch.stack([s.squeeze(axis) for s in (step, *scales)], 1)
 
+    def scales(self, shape: Sequence[int], axis: int) -> tuple[int, ...]:
+        """Shape of the scales of one side of rows (layers, heads, rows, head_dim)."""
+        layers, *block = shape
+        block[axis] = -(-block[axis] // (self.block or max(block[axis], 1)))
+        return (layers, 1 + self.has_low, *block)
+
     def dequantise(self, stored: Tensor, scales: Tensor, axis: int) -> Tensor:
         """What `quantise` was given, each number within a step, float32."""
         numbers = self.spread(stored)
@@ -76,7 +83,7 @@ class Codec(ABC):
             rows = torch.cat(
                 [rows, last.expand([short if i == rows.dim() + axis else n for i, n in enumerate(rows.shape)])], axis
             )
-        return rows.unflatten(axis, (-(-count // size), size))
+        return torch.unflatten(rows, axis, (-(-count // size), size))
 
     def _join(self, blocks: Tensor, axis: int, count: int) -> Tensor:
         """The inverse of `_split`."""
@@ -99,6 +106,7 @@ class Int4(Codec):
 
     name = "int4"
     block = 64
+    to_item = 2
 
     def step(self, low: Tensor, high: Tensor) -> Tensor:
         return (high - low) / 15

@@ -14,10 +14,21 @@ from blake3 import blake3
 from torch import Tensor
 
 from kvilt.errors import DamagedCache, DocumentError
-from kvilt.rows.codec import CODECS, QuantisedRows
-from kvilt.rows.header import DIGEST_AT, FIRST, ITEM, MAX_TITLE, VERSION, Header, Readable, Span, read_header
+from kvilt.rows.codec import CODECS, SIDES, QuantisedRows
+from kvilt.rows.header import (
+    DIGEST_AT,
+    FIRST,
+    ITEM,
+    MAX_HEADER,
+    MAX_TITLE,
+    VERSION,
+    Header,
+    Readable,
+    Span,
+    read_header,
+)
 from kvilt.rows.rows import whole
-from kvilt.types import CacheKey, DocumentCache
+from kvilt.types import CacheKey, DocumentCache, Rows
 
 RAW = "raw"
 NO_DIGEST = "0" * 64  # stands in a header until its own digest is known
@@ -39,7 +50,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def pack(
     cache: DocumentCache, *, title: str = "", created: float = 0.0, expires: float | None = None
 ) -> list[memoryview]:
-    """The file of a cache: its header, then its tensors. Raises DocumentError for a title that is too long to store."""
+    """The file of a cache: its header, then its tensors. Raises DocumentError for names that are too long to store."""
     rows = cache.rows
     if rows is None:
         raise ValueError("a document that was tokenised only has no rows to store")
@@ -69,13 +80,16 @@ def pack(
 
 def _write_header(meta: Mapping[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
     """The bytes before the first tensor, padded so that the rows begin on a page; `tensors` are dtypes and shapes."""
-    spans, offset = {}, 0
+    spans: dict[str, dict[str, Any]] = {}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + ITEM[dtype] * math.prod(shape)
         spans[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps({"__metadata__": {"header": NO_DIGEST, **meta}, **spans}, separators=(",", ":"))
-    text += " " * (-(8 + len(text) + spans["rows"]["data_offsets"][0]) % PAGE)  # type: ignore[index,operator]
+    text += " " * (-(8 + len(text) + int(spans["rows"]["data_offsets"][0])) % PAGE)
+    if 8 + len(text) > MAX_HEADER:
+        raise DocumentError("the document's title, namespace and compression take more than a file's header holds.")
     raw = len(text).to_bytes(8, "little") + text.encode()
     seal = blake3(raw[:DIGEST_AT]).update(raw[DIGEST_AT + 64 :]).hexdigest()
     return raw[:DIGEST_AT] + seal.encode() + raw[DIGEST_AT + 64 :]
@@ -107,15 +121,23 @@ def open_cache(blob: Readable, expected: CacheKey) -> DocumentCache:
     key = CacheKey(**header.fields) if set(header.fields) == set(asdict(expected)) else None
     if key != expected:
         raise DamagedCache(expected.digest, "its key does not match its identity fields")
-    if header.codec != RAW and header.codec not in CODECS:
-        raise DamagedCache(expected.digest, f"its codec {header.codec!r} is not known to this Kvilt")
     with torch.inference_mode(False):  # a tensor born in inference mode could never serve a trainer
         first = {name: _first(blob, header, name) for name in FIRST if name in header.spans}
-    stored = FileRows(blob, header, first.pop("digests"))
-    rows = (
-        stored if header.codec == RAW else QuantisedRows(CODECS[header.codec], stored.shape, stored.nbytes, stored.part)
-    )
+    rows, places = _rows(blob, header, first.pop("digests")), first["offsets"]
+    if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < header.length:
+        raise DamagedCache(expected.digest, "its rows have places outside the document")
     return DocumentCache(length=header.length, key=expected, rows=rows, dropped=header.dropped, **first)
+
+
+def _rows(blob: Readable, header: Header, digests: Tensor) -> Rows:
+    codec = CODECS.get(header.codec)
+    if codec is None and header.codec != RAW:
+        raise DamagedCache(header.key, f"its codec {header.codec!r} is not known to this Kvilt")
+    rows = FileRows(blob, header, digests, 1 if codec is None else codec.to_item)
+    wanted = {} if codec is None else {name: codec.scales(rows.shape, axis) for name, axis in SIDES}
+    if {name: span.shape for name, span in header.spans.items() if name not in (*FIRST, "rows")} != wanted:
+        raise DamagedCache(header.key, "its tensors are not those of its codec")
+    return rows if codec is None else QuantisedRows(codec, rows.shape, rows.nbytes, rows.part)
 
 
 def _first(blob: Readable, header: Header, name: str) -> Tensor:
@@ -159,15 +181,14 @@ class FileRows:
 
     The file is immutable: what has been checked once in this process is not checked again while the file stays open."""
 
-    def __init__(self, blob: Readable, header: Header, digests: Tensor) -> None:
+    def __init__(self, blob: Readable, header: Header, digests: Tensor, to_item: int = 1) -> None:
         self.blob, self.header = blob, header
         self._span = header.spans["rows"]
         self._digests = bytes(digests.numpy().tobytes())
         self._blocks = digests.shape[1]
         self._unchecked = {(name, layer) for name in self._parts() for layer in range(self._span.shape[0])}
         layers, _, heads, rows, dim = self._span.shape
-        wide = header.spans.get("scales_keys")  # quantised rows may hold several numbers to a byte
-        self.shape: tuple[int, int, int, int] = (layers, heads, rows, dim if wide is None else wide.shape[-1])
+        self.shape: tuple[int, int, int, int] = (layers, heads, rows, dim * to_item)
         self.dtype = _DTYPES[self._span.dtype]
         self.nbytes = sum(header.spans[name].end - header.spans[name].start for name in self._parts())
         if digests.shape != (layers, 2 * heads + len(self._parts()) - 1, 32):

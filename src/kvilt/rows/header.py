@@ -8,13 +8,15 @@ A document is one safetensors file, which any safetensors library reads. Its ten
     scales_keys, scales_values   of quantised rows (`rows.codec`)
 
 Metadata: format and version, codec, key digest and the key's fields in clear, length, dropped, title, times of creation and
-expiry, digests of the tensors before the rows. The header's own digest stands first, at a fixed place, and covers every other byte
-of the header, so no bit of a file can change unnoticed. Digests find accidents, not attackers who may write to the store."""
+expiry, digests of the tensors before the rows. The header's own digest and the version stand first, at fixed places; the digest
+covers every other byte of the header, so no bit of a file can change unnoticed. Digests find accidents, not attackers who may
+write to the store."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +32,12 @@ MAX_HEADER = 1 << 20
 MAX_TITLE = 4096  # bytes
 OPENING = b'{"__metadata__":{"header":"'  # the header's digest follows, behind the 8 bytes of its length
 DIGEST_AT = 8 + len(OPENING)
+LATEST = 253_402_300_800.0  # the year 10,000: no calendar shows a later time
+_VERSION = re.compile(rb'","format":"kvilt","version":"(\d+)"')  # and after it the version, in all versions
+
+
+class _Damage(ValueError):
+    """A reason that a person can read."""
 
 
 class Readable(Protocol):
@@ -86,13 +94,11 @@ def read_header(key: str, blob: Readable) -> Header:
     Raises DamagedCache for whatever is not a whole, unaltered header of that document, OtherVersion for another format
     version of Kvilt's, and OSError."""
     try:
-        raw = _raw(blob)
+        raw = _raw(key, blob)
         data = json.loads(raw[8:])
         meta = data.pop("__metadata__")
-        if meta["version"] != VERSION:
-            raise OtherVersion(key, str(meta["version"]), VERSION)
         if raw[DIGEST_AT : DIGEST_AT + 64] != _seal(raw):
-            raise ValueError("its header does not match its digest")
+            raise _Damage("its header does not match its digest")
         header = _parsed(meta, data, len(raw), blob.size)
     except (
         ValueError,
@@ -104,55 +110,76 @@ def read_header(key: str, blob: Readable) -> Header:
         OverflowError,
         IndexError,
     ) as error:
-        raise DamagedCache(key, str(error) if type(error) is ValueError else "its header is malformed") from error
+        raise DamagedCache(key, str(error) if isinstance(error, _Damage) else "its header is malformed") from error
     if header.key != key:
         raise DamagedCache(key, f"it holds another document, {header.key[:16]}")
     return header
 
 
-def _raw(blob: Readable) -> bytes:
+def _raw(key: str, blob: Readable) -> bytes:
     start = bytearray(min(16 << 10, blob.size))  # one read for most headers
     blob.read(0, [memoryview(start)])
+    version = _VERSION.match(start, DIGEST_AT + 64)
+    if not version or not start[8:].startswith(OPENING):
+        raise _Damage("it is cut off, or no file of Kvilt's")
+    if version[1] != VERSION.encode():
+        raise OtherVersion(key, version[1].decode(), VERSION)
     length = 8 + int.from_bytes(start[:8], "little")
     if not DIGEST_AT + 64 < length <= min(blob.size, MAX_HEADER):
-        raise ValueError("it is cut off, or not a safetensors file")
+        raise _Damage("it is cut off, or its header is too long")
     if length > len(start):
         start = bytearray(length)
         blob.read(0, [memoryview(start)])
-    if not start[8:].startswith(OPENING):
-        raise ValueError("its header is not one of Kvilt's")
     return bytes(start[:length])
 
 
 def _parsed(meta: dict[str, str], tensors: dict[str, Any], base: int, size: int) -> Header:
-    spans = {name: _span(info, base) for name, info in tensors.items()}
-    if spans["rows"].shape[3] != spans["offsets"].shape[0] or not {"tokens", "digests"} <= set(spans):
-        raise ValueError("its header is malformed")
+    spans = {name: _span(info, base, size) for name, info in tensors.items()}
     end = max(span.end for span in spans.values())
     if end != size:
-        raise ValueError(f"it has {size} bytes, not the {end} it was written with")
-    fields = {str(name): str(value) for name, value in json.loads(meta["fields"]).items()}
-    return Header(
-        key=str(meta["key"]),
+        raise _Damage(f"it has {size} bytes, not the {end} it was written with")
+    fields: dict[str, str] = json.loads(meta["fields"])
+    "".join([*meta.values(), *fields, *fields.values()]).encode()  # texts alone, which anybody can print
+    header = Header(
+        key=meta["key"],
         fields=fields,
-        codec=str(meta["codec"]),
+        codec=meta["codec"],
         length=int(meta["length"]),
         dropped=int(meta["dropped"]),
-        title=str(meta["title"]),
+        title=meta["title"],
         created=float(meta["created"]),
         expires=float(meta["expires"]) if meta["expires"] else None,
         spans=spans,
-        digests={name: str(meta[f"digest.{name}"]) for name in FIRST if name in spans},
+        digests={name: meta[f"digest.{name}"] for name in FIRST if name in spans},
         bytes=size,
+    )
+    if not _is_sound(header):
+        raise ValueError
+    return header
+
+
+def _is_sound(header: Header) -> bool:
+    """Whether numbers and shapes are those of a document; what a tensor holds is checked when it is read."""
+    spans, numbers = header.spans, (header.length, header.dropped)
+    layers, sides, _, rows, _ = spans["rows"].shape
+    run = [spans[name].shape for name in ("tokens", "chunks") if name in spans]
+    times = (header.created, header.expires or 0.0)
+    return (
+        min(numbers) >= 0
+        and run[0] == run[-1] == (sum(numbers),)
+        and "tokens" in spans
+        and (sides, spans["offsets"].shape, spans["digests"].shape[::2]) == (2, (rows,), (layers, 32))
+        and all(0 <= time < LATEST for time in times)  # a time that is no number is not below anything
     )
 
 
-def _span(info: dict[str, Any], base: int) -> Span:
+def _span(info: dict[str, Any], base: int, size: int) -> Span:
     start, end = (base + int(offset) for offset in info["data_offsets"])
     shape = tuple(int(n) for n in info["shape"])
-    if end - start != ITEM[info["dtype"]] * math.prod(shape) or min(shape, default=1) < 0 or start < base:
-        raise ValueError("its header is malformed")
-    return Span(str(info["dtype"]), shape, start, end)
+    whole = end - start == ITEM[info["dtype"]] * math.prod(shape) and start >= base
+    if not whole or not all(0 <= n <= size for n in shape):  # an axis of 10^30 may hold nothing at all
+        raise ValueError
+    return Span(info["dtype"], shape, start, end)
 
 
 def _seal(raw: bytes) -> bytes:

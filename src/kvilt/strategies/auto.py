@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from kvilt.plan import Plan
+from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.base import Probe, Strategy
 from kvilt.strategies.block import BlockAttention
 from kvilt.strategies.kvlink import KVLink, LinkTokens
@@ -16,16 +17,20 @@ UNTRAINED = BlockAttention(sink="system")  # see docs/strategies.md for the ques
 
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """KVLink where trained link tokens lie beside the model's weights, else the best strategy without training."""
+    """KVLink (or anchors) where trained tokens lie beside the model's weights, else the best strategy without training."""
 
     method: Strategy | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def bind(self, info: ModelInfo) -> Self:
         """Choose, and make the chosen strategy ready."""
-        trained = LinkTokens.described(info)
-        chosen = UNTRAINED if trained is None else KVLink(links=len(trained.ids[0]) if trained.ids else 0)
-        method = chosen.bind(info)
+        method = self._chosen(LinkTokens.described(info)).bind(info)
         return replace(self, encoding=method.encoding, method=method)
+
+    def _chosen(self, trained: LinkTokens | None) -> Strategy:
+        if trained is None:
+            return UNTRAINED
+        links = len(trained.ids[0]) if trained.ids else 0
+        return Anchors(links=links) if trained.chunk else KVLink(links=links)
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """The chosen strategy's plan, and which that is."""
