@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from kvilt.compress.base import Compression, Made
@@ -19,13 +20,14 @@ from kvilt.model.probe import ModelProbe
 from kvilt.rows.header import MAX_TITLE
 from kvilt.rows.rows import TensorRows
 from kvilt.stores.store import Store
-from kvilt.types import CacheKey, Document, DocumentCache, Encoding
+from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
 MAX_NAMESPACE = 256  # characters
 PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
 
 NONE = Compression()
+NOTHING = torch.zeros(0, dtype=torch.long)
 logger = logging.getLogger("kvilt")
 
 
@@ -120,9 +122,10 @@ class Encoder:
         Raises DocumentError naming all that are empty, too long or unreadable; with `failed` they are noted there and
         left out."""
         items, problems = [], list[str]()
+        frame = self.model.key(NOTHING, self.encoding, namespace=self.namespace)  # what all their keys have in common
         for document in documents:
             try:
-                items.append(self.item(document))
+                items.append(self._item(document, frame))
             except DocumentError as error:
                 problems.append(str(error))
         if failed is not None:
@@ -131,8 +134,7 @@ class Encoder:
             raise DocumentError(" ".join(problems))
         return items
 
-    def item(self, document: Document) -> Item:
-        """Tokenise and key one document. Raises DocumentError."""
+    def _item(self, document: Document, frame: CacheKey) -> Item:
         ids, saved = self.text.document_ids(document), 0
         if self.compression.text is not None:
             document, before = self.compression.shorten(document), len(ids)
@@ -151,7 +153,7 @@ class Encoder:
             )
         title = self.text.title_length(document) if self.compression.rows else 0
         compression = "" if self.compression == NONE else self.compression.identity(title)
-        key = self.model.key(ids, e, compression, self.namespace)
+        key = replace(frame, compression=compression, tokens=digest_of(ids))
         return Item(document, ids, key, title, saved)
 
     def encode(

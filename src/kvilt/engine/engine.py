@@ -91,7 +91,6 @@ class Engine:
             system=tuple(text.system_ids().tolist()),
             sink=text.sink(),
             reserved=text.reserved(),
-            directory=getattr(model.hf, "name_or_path", None) or None,
         )
         self.strategy = strategy.bind(self.info)
         self.label = str(self.strategy)
@@ -237,6 +236,10 @@ class Engine:
 
     def _items(self, documents: Sequence[Document]) -> list[Item]:
         """Tokens and keys; those of known documents are remembered."""
+        if self._system.key.model != self.model.digest:  # weights or adapters were changed since
+            self._known.clear()
+            key = self.model.key(self._system.ids, Encoding(), namespace=self.namespace)
+            self._system = replace(self._system, key=key)
         names = [(d.title, d.text) for d in documents]
         known = {name: item for name in names if (item := self._known.get(name)) is not None}
         new = {name: d for name, d in zip(names, documents, strict=True) if name not in known}

@@ -1,66 +1,253 @@
-"""Digests of models and tokenizers: what a stored cache was made with."""
+"""What a document was computed with: digests of checkpoint files, of models in memory, of tokenizers.
+
+`of_files` and `of_rope` read files alone, so that every process that serves a checkpoint names it alike, whatever tensors it
+holds and in whatever dtype it computes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from kvilt.errors import ModelError
+from kvilt.rows.files import replacing
 from kvilt.types import digest_of
 
 UNRELATED = {  # config fields that change no key and no value
     *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "attn_implementation", "auto_map"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "tie_word_embeddings", "name_or_path"),
-    *(
-        "vocab_size",
-        "initializer_range",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-    ),  # Rope.identity has the rotation
+    *("vocab_size", "initializer_range"),
 }
+WEIGHTS = (  # where transformers looks for weights, in its order; an index names its files
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "target_modules", "peft_version", "auto_mapping")
+READ, PAGE, PAGES = 4 << 20, 4096, 64  # bytes hashed at a time; what is looked at of a file to know it again
+SAMPLE = 16  # numbers of each tensor that are compared at every request
 
 
-def weights_digest(hf: nn.Module) -> str:
-    """Content digest of all weights, adapters included; remembered per file for models loaded unchanged from disk."""
-    remembered = _remembered(hf)
-    if remembered is not None:
-        memo, tag = remembered
-        known = _read(memo).get(tag)
+def of_files(source: str | Path) -> str:
+    """Digest of a checkpoint: its weight files, and the settings in config.json that shape keys and values.
+
+    Of a folder count the files that transformers would load: model.safetensors, or the shards that
+    model.safetensors.index.json names, or pytorch_model.bin or its shards, else every *.safetensors; and the folder's *.py
+    where config.json has `auto_map`. A file (GGUF) is its own identity. Raises ModelError or OSError where they cannot be read."""
+    source = Path(source)
+    if source.is_file():
+        return of_file(source)
+    config = config_of(source)
+    code = sorted(source.glob("*.py")) if "auto_map" in config else []
+    with ThreadPoolExecutor(4) as threads:  # gone when this returns: nothing that a forked process would wait for
+        digests = list(threads.map(of_file, [*weight_files(source), *code]))
+    return digest_of(_shaping(config), *digests)
+
+
+def of_rope(config: Mapping[str, Any]) -> str:
+    """Digest of the fields of config.json that say how keys are rotated."""
+    own = {k: v for k, v in config.items() if _is_rope(k) and v is not None}
+    if any(isinstance(v, Mapping) and v.get("rope_type", v.get("type", "default")) != "default" for v in own.values()):
+        own["max_position_embeddings"] = config.get("max_position_embeddings")
+    return digest_of(json.dumps(own, sort_keys=True, default=str))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's config.json, as they stand there."""
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not readable: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path} holds no settings.")
+    return fields
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights."""
+    for name in WEIGHTS:
+        path = folder / name
+        if path.is_file() and path.suffix != ".json":
+            return [path]
+        if path.is_file():
+            return [folder / part for part in sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))]
+    rest = sorted(folder.glob("*.safetensors"))
+    if not rest:
+        raise ModelError(f"{folder} holds no weights (looked for {', '.join(WEIGHTS)}).")
+    return rest
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype in which a checkpoint's documents are stored unless somebody says otherwise: its own."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "float32"
+
+
+def of_file(path: Path) -> str:
+    """BLAKE3 digest of a file's bytes, remembered for as long as the file looks the same."""
+    with path.open("rb", buffering=0) as file:
+        looks = _looks(file, path)
+        known = recall(looks)
         if known is not None:
             return known
-    digest = _digest_tensors(hf)
-    if remembered is not None:
-        _write(memo, tag, digest)
-    return digest
-
-
-def was_proved(hf: nn.Module, facts: str) -> bool:
-    """Whether these files have passed the trial at load under the same `facts`."""
-    remembered = _remembered(hf)
-    return remembered is not None and _read(remembered[0]).get(f"{remembered[1]} {facts}") == "proved"
-
-
-def note_proof(hf: nn.Module, facts: str) -> None:
-    """Remember that these files have passed the trial."""
-    remembered = _remembered(hf)
-    if remembered is not None:
-        _write(remembered[0], f"{remembered[1]} {facts}", "proved")
-
-
-def _digest_tensors(hf: nn.Module) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
-    for name, tensor in sorted(hf.state_dict().items()):
-        exact = _narrowed(tensor.detach())
-        hasher.update(f"{name} {exact.dtype} {tuple(exact.shape)}\n".encode())
-        hasher.update(_bytes(exact))
+        hasher, buffer = blake3(), memoryview(bytearray(READ))  # one thread: BLAKE3's own pool does not survive a fork
+        file.seek(0)
+        while size := file.readinto(buffer):
+            hasher.update(buffer[:size])
+    remember(looks, hasher.hexdigest())
     return hasher.hexdigest()
+
+
+def _looks(file: BinaryIO, path: Path) -> str:
+    """Where a file lies, its inode, size and times, and pages from all over it: times alone are kept by `cp -p` and `tar`."""
+    s = os.fstat(file.fileno())
+    hasher = blake3(repr((str(path.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)).encode())
+    for at in {0, max(0, s.st_size - PAGE), *range(0, s.st_size, s.st_size // PAGES or 1)}:
+        file.seek(at)
+        hasher.update(file.read(PAGE))
+    return hasher.hexdigest()
+
+
+def recall(note: str) -> str | None:
+    """What was remembered under a name, by this process or another one."""
+    known = _notes().get(note)
+    return known if isinstance(known, str) else None
+
+
+def remember(note: str, value: str) -> None:
+    """Remember a short text under a name; best effort: what cannot be remembered is worked out again next time."""
+    try:
+        _memo().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(_memo()) as temporary:
+            temporary.write_text(json.dumps({**_notes(), note: value}))
+    except OSError:
+        return
+
+
+def _memo() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvilt" / "digests.json"
+
+
+def _notes() -> dict[str, object]:
+    try:
+        notes = json.loads(_memo().read_text("utf-8")) if _memo().is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+class Identity:
+    """What a model in memory is called in cache keys, whatever is done to it after it was loaded.
+
+    `rope` is the digest of how keys are rotated, `dtype` the name of the dtype that documents are stored in: the checkpoint's
+    own. A model loaded from `folder` is called after its files for as long as its tensors are those that were loaded; any other
+    is called after its tensors. Adapters of peft that are active add their tensors and settings."""
+
+    def __init__(self, hf: nn.Module, folder: Path | None = None) -> None:
+        self.hf, self.folder = hf, folder
+        config: Any = hf.config
+        fields = config.to_diff_dict() if folder is None else config_of(folder)
+        own = str(next(hf.parameters()).dtype).removeprefix("torch.")
+        self.rope, self.dtype = of_rope(fields), own if folder is None else stored_dtype(fields)
+        self._base = (_look(_tensors(hf)), "" if folder is None else of_files(folder))
+        self._known: tuple[object, str] = (None, "")
+
+    @property
+    def digest(self) -> str:
+        """The digest of what runs now, 64 hex digits; about a millisecond where nothing has changed.
+
+        Writes that PyTorch does not count (through `.data`) are noticed if they change one of a few numbers per tensor."""
+        adapters, tensors = _adapters(self.hf), list(_tensors(self.hf))
+        base = _look(tensors)
+        seen = (base, _look(tensors, *adapters) if adapters else None, adapters)
+        if self._known[0] != seen:
+            if self._base[0] != base or not self._base[1]:
+                self._base = (base, self._of_tensors(""))
+            parts = [self._base[1], *(self._adapter(name, adapters) for name in sorted(adapters))]
+            self._known = (seen, digest_of(*parts) if adapters else parts[0])
+        return self._known[1]
+
+    def _adapter(self, name: str, layers: Mapping[str, object]) -> str:
+        config: Any = getattr(self.hf, "peft_config", {})[name]
+        own = {k: v for k, v in config.to_dict().items() if k not in ELSEWHERE}
+        settings = json.dumps(
+            [own, layers[name]], sort_keys=True, default=lambda o: sorted(o) if isinstance(o, set) else str(o)
+        )
+        return digest_of(settings, self._of_tensors(name))
+
+    def _of_tensors(self, owner: str) -> str:
+        config: Any = self.hf.config
+        hasher = blake3(b"" if owner else _shaping(config.to_diff_dict()).encode())
+        for name, tensor, of in sorted(_tensors(self.hf), key=lambda item: item[0]):
+            if of == owner:
+                exact = _narrowed(tensor.detach())
+                plain = f"{name}.".replace(f".{owner}.", ".")  # an adapter may have any name
+                hasher.update(f"{plain} {exact.dtype} {tuple(exact.shape)}\n".encode())
+                hasher.update(_bytes(exact))
+        return hasher.hexdigest()
+
+
+def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """Every parameter and buffer of a model: its path, itself, and the adapter of peft it belongs to ("" for none)."""
+    names = set(getattr(hf, "peft_config", None) or ())
+    stack: list[tuple[str, nn.Module, str, bool]] = [("", hf, "", False)]
+    while stack:
+        path, module, owner, inside = stack.pop()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield path + key, tensor, owner or (key if inside and key in names else "")
+        inside = inside or _is_tuner(module)
+        for key, child in module._modules.items():
+            if child is not None:
+                stack.append((f"{path}{key}.", child, owner or (key if inside and key in names else ""), inside))
+
+
+def _adapters(hf: nn.Module) -> dict[str, list[object]]:
+    """The adapters that take part in a pass, and in which layers how: scaled, merged."""
+    adapters: dict[str, list[object]] = defaultdict(list)
+    for module in hf.modules() if getattr(hf, "peft_config", None) else ():
+        tuner: Any = module
+        if _is_tuner(module) and not tuner.disable_adapters:
+            for name in tuner.active_adapters:
+                scale = getattr(tuner, "scaling", None)
+                scale = scale.get(name) if isinstance(scale, dict) else scale
+                adapters[name].append((str(scale), name in tuner.merged_adapters))
+    return dict(adapters)
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    return hasattr(type(module), "merged_adapters")  # peft's layers, without importing it
+
+
+@torch.no_grad()
+def _look(tensors: Iterable[tuple[str, Tensor, str]], *owners: str) -> tuple[object, ...]:
+    """What shows at a glance that tensors were changed: where they lie, how often they were written to, a few numbers."""
+    marks: list[object] = []
+    samples: dict[object, list[Tensor]] = defaultdict(list)
+    for _, t, owner in tensors:
+        if owner in (owners or ("",)):
+            plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+            marks.append((id(t), t.data_ptr() if plain else 0, 0 if t.is_inference() else t._version))
+            if plain and (count := t.numel()):
+                samples[t.dtype, t.device].append(t.as_strided((min(SAMPLE, count),), (max(1, count // SAMPLE),)))
+    return (*marks, *(bytes(_bytes(torch.cat(group))) for group in samples.values()))
+
+
+def _shaping(config: Mapping[str, Any]) -> str:
+    """The settings that shape keys and values beside weights and rotation (norm epsilons, multipliers, experts ...)."""
+    own = {k: v for k, v in config.items() if k not in UNRELATED and not _is_rope(k) and not k.startswith("_")}
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def _is_rope(field: str) -> bool:
+    return field.startswith(("rope_", "rotary_", "partial_rotary"))
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -69,12 +256,6 @@ def _narrowed(tensor: Tensor) -> Tensor:
         return tensor
     narrow = tensor.bfloat16()
     return narrow if torch.equal(narrow.float(), tensor) else tensor
-
-
-def config_digest(config: Any) -> str:
-    """Digest of the settings that shape keys and values beside the weights (norm epsilons, multipliers, experts ...)."""
-    own = {k: v for k, v in config.to_diff_dict().items() if k not in UNRELATED and not k.startswith("_")}
-    return digest_of(json.dumps(own, sort_keys=True, default=str))
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -91,37 +272,3 @@ def tokenizer_digest(tokenizer: Any) -> str:
         return digest_of(vocabulary, type(tokenizer).__name__)
     pipeline = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     return digest_of(vocabulary, json.dumps(pipeline, sort_keys=True))
-
-
-def _remembered(hf: nn.Module) -> tuple[Path, str] | None:
-    """Where the digest of a model on disk is remembered, and under which tag; None if it may differ from its files."""
-    source = Path(str(getattr(hf, "name_or_path", "") or ""))
-    files = _weight_files(source) if source.is_dir() and not getattr(hf, "_hf_peft_config_loaded", False) else []
-    if not files or not getattr(hf, "kvilt_unchanged", False):
-        return None
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    tag = hashlib.sha256(json.dumps(["weights-2", stats, str(hf.dtype), type(hf).__name__]).encode()).hexdigest()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "kvilt" / "digests.json", tag
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(f for pattern in ("*.safetensors", "*.bin", "*.json") for f in folder.glob(pattern))
-
-
-def _read(memo: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(memo.read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _write(memo: Path, tag: str, digest: str) -> None:
-    """Best effort: a digest that cannot be remembered is computed again next time."""
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({**_read(memo), tag: digest}))
-        temporary.replace(memo)
-    except OSError:
-        return

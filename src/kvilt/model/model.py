@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kvilt.errors import ModelError
-from kvilt.model import attention, identity, support
+from kvilt.model import attention, fit
+from kvilt.model.identity import Identity
 from kvilt.model.placing import BufferPool, PlacedCache, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
@@ -51,11 +52,11 @@ class Model:
     """Wraps a causal language model of transformers; `loading.wrap` also proves that it may be wrapped.
 
     Raises ModelError for architectures whose keys cannot be placed exactly. The model attends through Kvilt's own attention
-    function from then on, which equals its ordinary one. `stored` is the dtype in which documents are kept (default: the
-    model's)."""
+    function from then on, which equals its ordinary one. `identity` says what it is called in cache keys (default: after its
+    tensors)."""
 
-    def __init__(self, hf: Any, tokenizer_digest: str = "", stored: torch.dtype | None = None) -> None:
-        support.check_config(hf.config)
+    def __init__(self, hf: Any, tokenizer_digest: str = "", identity: Identity | None = None) -> None:
+        fit.check_config(hf.config)
         self.hf = hf.eval()
         self.rotation = rotation_of(hf)
         attention.install(hf)
@@ -63,11 +64,17 @@ class Model:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.shape = Shape(config.num_hidden_layers, heads, head_dim, hf.dtype, hf.device)
-        self.stored = stored or hf.dtype
         self.pool = BufferPool(self.shape)
-        self.digest = identity.weights_digest(hf)
+        self.identity = identity or Identity(hf)
+        self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
-        self._configuration = digest_of(self.rotation.identity, identity.config_digest(config))
+        self.directory: str | None = None  # the folder of the model's files
+        self.dtype_reason = "as the model was given"
+
+    @property
+    def digest(self) -> str:
+        """What the weights that run now are called in cache keys, adapters included."""
+        return self.identity.digest
 
     @property
     def context_length(self) -> int:
@@ -82,17 +89,17 @@ class Model:
 
     def info(self, **more: Any) -> ModelInfo:
         """What strategies may know of this model."""
-        config, (_, layers) = self.hf.config, support.decoder_layers(self.hf)
         vocabulary, width = self.hf.get_input_embeddings().weight.shape
-        matrices = sum(p.numel() for p in layers[0].parameters() if p.dim() > 1)
+        linear, projections = fit.costs(self.hf)
         return ModelInfo(
             digest=self.digest,
             hidden_size=width,
             vocab_size=vocabulary,
-            num_layers=config.num_hidden_layers,
-            linear_cost=support.linear_cost(config, matrices),
-            projection_share=support.projection_share(config, matrices),
+            num_layers=self.shape.layers,
+            linear_cost=linear,
+            projection_share=projections,
             embedding_stats=self._embedding_stats,
+            directory=self.directory,
             **more,
         )
 
@@ -106,8 +113,8 @@ class Model:
         return CacheKey(
             model=self.digest,
             tokenizer=self.tokenizer_digest,
-            rope=self._configuration,
-            dtype=str(self.stored).removeprefix("torch."),
+            rope=self.identity.rope,
+            dtype=self.identity.dtype,
             encoding=encoding.digest,
             compression=compression,
             tokens=digest_of(tokens),
@@ -137,7 +144,8 @@ class Model:
 
         Padding stands on the right, where no earlier token can see it. With anchors a token sees its own chunk and earlier
         anchors, and only the anchors' rows stay. Rows have the dtype of the computation; keys lose their rotation."""
-        caches = [encoding.cache(ids, self.key(ids, encoding, compression)) for ids in documents]
+        frame = self.key(documents[0], encoding, compression)
+        caches = [encoding.cache(ids, replace(frame, tokens=digest_of(ids))) for ids in documents]
         batch = nn.utils.rnn.pad_sequence([c.tokens for c in caches], batch_first=True)  # (documents, longest)
         chunks = [c.chunks for c in caches if c.chunks is not None]
         mask = encoding_mask(nn.utils.rnn.pad_sequence(chunks, batch_first=True))[:, None] if chunks else None

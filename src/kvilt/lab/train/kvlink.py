@@ -20,7 +20,7 @@ from kvilt.lab.train.dense import Row, merged, parts_of, row_of
 from kvilt.lab.train.hf import Settings, run
 from kvilt.lab.train.job import Report
 from kvilt.lab.train.tokens import link_tokens, start_links
-from kvilt.model import attention, support
+from kvilt.model import attention, fit
 from kvilt.model.loading import folder
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kvlink import KVLink, LinkTokens
@@ -138,7 +138,7 @@ def _load(model: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder(model))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {model!r}: {error}") from error
-    support.check_config(hf.config)
+    fit.check_config(hf.config)
     attention.install(hf)
     return hf, tokenizer
 

@@ -32,6 +32,11 @@ POSITIONS = {  # model type -> how it knows positions, where no config field say
     ),
 }
 
+EXPERTS = (  # config fields that say how many experts a layer has, and how many of them compute a token
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "experts_per_token"),
+)
+
 
 def check_config(config: Any) -> None:
     """Raise ModelError, naming the config field, for a model whose document caches cannot be reused exactly."""
@@ -95,24 +100,31 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def decoder_layers(hf: Any) -> tuple[str, nn.ModuleList]:
-    """A model's decoder layers and where they are. Raises ModelError where they are not found."""
-    for name, module in hf.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == hf.config.num_hidden_layers:
-            return name, module
-    raise ModelError(f"{hf.config.model_type}: decoder layers not found.")
-
-
-def linear_cost(config: Any, parameters_per_layer: int) -> float:
-    """FLOPs of one token's matrices in a layer, in units of the FLOPs of attending to one key (4 * heads * head_dim)."""
+def costs(hf: Any) -> tuple[float, float]:
+    """FLOPs of one token's matrices in a layer, in units of the FLOPs of attending to one key (4 * heads * head_dim); and
+    the share of them that makes queries, keys and values. Mean over layers; of experts count those that a token is sent to."""
+    config, layers = hf.config, _decoder_layers(hf)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return float(2 * parameters_per_layer / (4 * config.num_attention_heads * head_dim))
-
-
-def projection_share(config: Any, parameters_per_layer: int) -> float:
-    """Share of a layer's matrices that make queries, keys and values."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads + 2 * (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    active = _active_experts(config)
+    weighed = (
+        p.numel() * (active if ".experts." in f".{name}" else 1.0)
+        for name, p in layers.named_parameters()
+        if p.dim() > 1  # (out, in), or (experts, out, in)
     )
-    return float(heads * head_dim * config.hidden_size / parameters_per_layer)
+    matrices = sum(weighed) / len(layers)
+    projections = (config.num_attention_heads + 2 * kv_heads) * head_dim * config.hidden_size
+    return 2 * matrices / (4 * config.num_attention_heads * head_dim), projections / matrices
+
+
+def _active_experts(config: Any) -> float:
+    """The share of a layer's experts that compute a token."""
+    every, active = (next((n for f in fields if (n := getattr(config, f, None))), 1) for fields in EXPERTS)
+    return min(1.0, active / every)
+
+
+def _decoder_layers(hf: Any) -> nn.ModuleList:
+    for module in hf.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == hf.config.num_hidden_layers:
+            return module
+    raise ModelError(f"{hf.config.model_type}: decoder layers not found.")
