@@ -7,8 +7,7 @@ and the smallest fault that was tried, keys one position off, is at ten."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,63 +55,58 @@ def tolerance(floor: float) -> float:
     return max(LEAST, MULTIPLE * floor)
 
 
-@torch.no_grad()
-def own(hf: Any, text: Tensor | None = None, positions: Tensor | None = None) -> Own:
+def own(hf: Any, text: Tensor | None = None) -> Own:
     """A model's logits behind every token of a text with its own attention: ids (tokens,) or embeddings (tokens, hidden).
 
     The floor is the larger of two deviations from them: with another attention, and with the text as the first part of a
     longer one in a batch of two; but not below the precision of the dtype."""
     text = _trial(hf) if text is None else text
-    at = torch.arange(len(text)) if positions is None else positions
-    longer = torch.cat([text, text[:LONGER]]), torch.cat([at, at[-1] + 1 + torch.arange(len(text[:LONGER]))])
-    kind = hf.config._attn_implementation
-    if kind == NAME:  # it was wrapped before
-        kind = "sdpa" if getattr(hf, "_supports_sdpa", True) else "eager"
-    logits = _logits(hf, kind, text[None], at)
-    others = [_logits(hf, kind, torch.stack([longer[0], longer[0].flip(0)]), longer[1])[: len(text)]]
+    longer = torch.cat([text, text[:LONGER]])
+    wanted = logits(hf, text)
+    others = [logits(hf, longer, longer.flip(0))[: len(text)]]
     with suppress(ValueError, ImportError, NotImplementedError):  # a model may have one attention only
-        others.append(_logits(hf, "sdpa" if kind == "eager" else "eager", text[None], at))
-    return Own(logits, max(torch.finfo(hf.dtype).eps, *(deviation(o, logits) for o in others)))
+        others.append(logits(hf, text, kind="sdpa" if _kind(hf) == "eager" else "eager"))
+    return Own(wanted, max(torch.finfo(hf.dtype).eps, *(deviation(o, wanted) for o in others)))
 
 
-def _logits(hf: Any, kind: str, batch: Tensor, at: Tensor) -> Tensor:
-    """Logits of a batch's first text, (tokens, vocab) float32."""
-    name = "inputs_embeds" if batch.is_floating_point() else "input_ids"
-    with _attending(hf, kind):
-        places = at.expand(len(batch), -1).to(hf.device)
-        logits = hf(**{name: batch.to(hf.device)}, position_ids=places, use_cache=False).logits
-    return torch.as_tensor(logits[0]).float()
-
-
-@contextmanager
-def _attending(hf: Any, kind: str) -> Iterator[None]:
+@torch.no_grad()
+def logits(hf: Any, *texts: Tensor, kind: str = "") -> Tensor:
+    """Logits (tokens, vocab) float32 of the first of some texts of one length, in one pass with the model's own attention."""
+    batch = torch.stack(texts).to(hf.device)
     before = hf.config._attn_implementation
-    hf.set_attn_implementation(kind)
+    hf.set_attn_implementation(kind or _kind(hf))
     try:
-        yield
+        name = "inputs_embeds" if batch.is_floating_point() else "input_ids"
+        return torch.as_tensor(hf(**{name: batch}, use_cache=False).logits[0]).float()
     finally:
         hf.set_attn_implementation(before)
 
 
-def check(model: Model, own: Own) -> None:
+def _kind(hf: Any) -> str:
+    """The attention that a model has when Kvilt does not stand in for it."""
+    kind = str(hf.config._attn_implementation)
+    return kind if kind != NAME else "sdpa" if getattr(hf, "_supports_sdpa", True) else "eager"
+
+
+def check(model: Model, alone: Own) -> None:
     """Raise ModelError unless encoding, moving, recomputing in part and decoding give the model's own logits."""
     name = model.hf.config.model_type
-    if not own.floor <= NOISIEST:  # NaN too
+    if not alone.floor <= NOISIEST:  # NaN too
         raise ModelError(
-            f"{name} is refused: two of its own ways to compute a text differ by {own.floor:.0%}, so nothing can be proved "
+            f"{name} is refused: two of its own ways to compute a text differ by {alone.floor:.0%}, so nothing can be proved "
             f"in {str(model.shape.dtype).removeprefix('torch.')}. Try float32."
         )
     try:
-        logits, at = _reused(model, _trial(model.hf))
+        reused, at = _reused(model, _trial(model.hf))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
         raise ModelError(
             f"{name} is refused: it does not run on a cache of keys and values per head ({error})."
         ) from error
-    worst = deviation(logits, own.logits[at.to(own.logits.device)])
-    if not worst <= tolerance(own.floor):
+    worst = deviation(reused, alone.logits[at.to(alone.logits.device)])
+    if not worst <= tolerance(alone.floor):
         raise ModelError(
             f"{name} is refused: with a document moved by {AWAY} positions its logits are off by {worst:.2%} "
-            f"(its own noise: {own.floor:.2%}). Its positions or its attention are not those of a standard rotary decoder."
+            f"(its own noise: {alone.floor:.2%}). Its positions or its attention are not those of a standard rotary decoder."
         )
 
 
