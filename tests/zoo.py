@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -25,8 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvilt.model import rope
 from kvilt.model.identity import tokenizer_digest
 from kvilt.model.model import Model
+from kvilt.model.placing import PlacedCache
+from kvilt.plan import Plan
+from kvilt.rows.rows import Rotation
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", *(f"<|reserved_{i}|>" for i in range(64))]
 VOCABULARY = len(SPECIAL) + 256
@@ -71,6 +78,65 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None, head_dim=16)),
     "phi-partial-rotary": lambda: PhiForCausalLM(PhiConfig(**SHAPE, partial_rotary_factor=0.5)),
     "glm-interleaved": lambda: GlmForCausalLM(GlmConfig(**SHAPE, head_dim=16, partial_rotary_factor=0.5)),
+}
+
+
+def _on_placing(patch: pytest.MonkeyPatch, change: Callable[[PlacedCache, Plan], None]) -> None:
+    made = PlacedCache.__init__
+
+    def init(self: PlacedCache, plan: Plan, *more: Any, **options: Any) -> None:
+        made(self, plan, *more, **options)
+        if self._angles is not None:
+            change(self, plan)
+
+    patch.setattr(PlacedCache, "__init__", init)
+
+
+def _wrongly_paired(patch: pytest.MonkeyPatch) -> None:
+    made = rope.rotation_of
+    patch.setattr("kvilt.model.model.rotation_of", lambda hf: replace(r := made(hf), interleaved=not r.interleaved))
+
+
+def _halved(patch: pytest.MonkeyPatch) -> None:
+    made = rope.rotation_of
+    patch.setattr("kvilt.model.model.rotation_of", lambda hf: replace(r := made(hf), inv_freq=r.inv_freq / 2))
+
+
+def _backwards(patch: pytest.MonkeyPatch) -> None:
+    made = Rotation.rotate
+    patch.setattr(
+        Rotation, "rotate", lambda self, keys, at, out=None, *, back=False: made(self, keys, at, out, back=not back)
+    )
+
+
+def _placed_backwards(patch: pytest.MonkeyPatch) -> None:
+    def turn(placed: PlacedCache, _: Plan) -> None:
+        assert placed._angles is not None
+        placed._angles = placed._angles[0], -placed._angles[1]
+
+    _on_placing(patch, turn)
+
+
+def _one_off(patch: pytest.MonkeyPatch) -> None:
+    def shift(placed: PlacedCache, plan: Plan) -> None:
+        placed._angles = placed.rotation.angles(plan.positions[: placed._end] + 1, placed.buffer.device)
+
+    _on_placing(patch, shift)
+
+
+def _seeing_the_future(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Plan, "visible", lambda self: torch.ones(len(self.computed_rows), len(self.positions), dtype=torch.bool)
+    )
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {  # what a proof must refuse in any dtype
+    "keys paired wrongly": _wrongly_paired,
+    "frequencies halved": _halved,
+    "keys rotated backwards": _backwards,
+    "keys placed backwards": _placed_backwards,
+    "one off": _one_off,
+    "recomputed tokens see the future": _seeing_the_future,
 }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -54,18 +54,20 @@ class GateResult:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A prompt to test a strategy on, over a store of its own."""
+    """A prompt to test a strategy on, over a store of its own; `floor` is the model's own noise on it, if it is known."""
 
     engine: Engine
     documents: Sequence[Document]
     question: str
+    floor: float | None = None
 
     @classmethod
-    def of(cls, engine: Engine, documents: Sequence[Document], question: str) -> Case:
+    def of(cls, engine: Engine, documents: Sequence[Document], question: str, floor: float | None = None) -> Case:
         """The same model, strategy and compression as an engine's, over an empty store in memory."""
         e = engine
         store = cast(Store, registry.build("store", "memory"))
-        return cls(Engine(e.model, e.text, e.strategy, store, e.namespace, e.compression), documents, question)
+        own = Engine(e.model, e.text, e.strategy, store, e.namespace, e.compression)
+        return cls(own, documents, question, floor)
 
     @property
     def model(self) -> Model:
@@ -86,9 +88,11 @@ class Case:
         return self.engine.plan(self.question, documents or self.documents)
 
     @functools.cached_property
-    def floor(self) -> float:
+    def noise(self) -> float:
         """The model's own noise on the ordinary prompt, and that of the dtype in which documents are stored."""
         model = self.model
+        if self.floor is not None:
+            return self.floor
         text = torch.cat([torch.tensor(self.engine.info.system, dtype=torch.long), *self.ids, self.asked])
         own = proof.own(model.hf, text)
         if model.stored == model.shape.dtype:
@@ -105,15 +109,17 @@ class Case:
 
 def run(engine: Engine, documents: Sequence[Document], question: str) -> list[GateResult]:
     """All gates for the engine's model and strategy on these documents (at least two)."""
-    case = Case.of(engine, documents, question)
-    return [_result(name, gate, case) for name, gate in GATES.items()]
+    return list(results(Case.of(engine, documents, question)))
 
 
-def _result(name: str, gate: Callable[[Case], float], case: Case) -> GateResult:
+def results(case: Case, *names: str) -> Iterator[GateResult]:
+    """Some gates (default: all) on one prompt."""
     rounded_once = max(torch.finfo(dtype).eps for dtype in (case.model.shape.dtype, case.model.stored))
-    floor = rounded_once if name in ROWS else case.floor
-    title = (gate.__doc__ or "").strip().splitlines()[0]
-    return GateResult(name, title, gate(case), floor, proof.tolerance(floor))
+    for name, gate in GATES.items():
+        if name in (names or GATES):
+            floor = rounded_once if name in ROWS else case.noise
+            title = (gate.__doc__ or "").strip().splitlines()[0]
+            yield GateResult(name, title, gate(case), floor, proof.tolerance(floor))
 
 
 def rotation(case: Case) -> float:
@@ -144,7 +150,8 @@ def recompute_all(case: Case) -> float:
     fresh = [Segment(s.tokens, s.start, name=s.name) for s in plan.segments]
     worst = _against_own(case.model, replace(plan, segments=tuple(fresh)))
     strategy: Any = case.engine.strategy
-    most = {f.name: EVERYTHING[f.name] for f in fields(strategy) if f.name in EVERYTHING and getattr(strategy, f.name)}
+    options = {f.name: getattr(strategy, f.name) for f in fields(strategy) if f.name in EVERYTHING}
+    most = {name: EVERYTHING[name] for name, value in options.items() if value and isinstance(value, int | float)}
     if most:
         engine = case.engine.with_strategy(cast(Strategy, replace(strategy, **most)))
         worst = max(worst, _against_own(case.model, engine.plan(case.question, case.documents)))
