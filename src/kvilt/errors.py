@@ -12,6 +12,7 @@ KviltError
 └── StoreError              a cache store failed
     ├── DamagedCache        a stored document is truncated, altered or foreign
     ├── OtherVersion        a stored document of another format version: not damaged, not served
+    ├── UnreadableCache     a stored document that cannot be read just now (an error of the disk or the network)
     └── StoreUnavailable    the store cannot be read or written (full, read-only, gone)
 
 A message says what, where, and what to do about it.
@@ -80,6 +81,14 @@ class OtherVersion(StoreError):
 
     def __init__(self, key: str, version: str, known: str) -> None:
         super().__init__(f"stored document {key[:16]} has format version {version}, this Kvilt reads {known}")
+
+
+class UnreadableCache(StoreError, OSError):
+    """A stored document that cannot be read just now: a miss, and never touched."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"stored document {key[:16]} cannot be read: {reason}")
+        self.key = key
 
 
 class StoreUnavailable(StoreError):

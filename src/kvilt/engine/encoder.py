@@ -14,16 +14,16 @@ from torch import Tensor
 
 from kvilt.compress.base import Compression, Made
 from kvilt.engine.text import TextFormat
-from kvilt.errors import DocumentError, SpecError, StoreUnavailable
+from kvilt.errors import DocumentError, StoreUnavailable
 from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe
 from kvilt.rows.header import MAX_TITLE
 from kvilt.rows.rows import TensorRows
+from kvilt.stores.kept import check_namespace
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
-MAX_NAMESPACE = 256  # characters
 PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
 
 NONE = Compression()
@@ -112,9 +112,7 @@ class Encoder:
     flights: Flights = field(default_factory=Flights)
 
     def __post_init__(self) -> None:
-        name = self.namespace
-        if not name or len(name) > MAX_NAMESPACE or any("\ud800" <= c <= "\udfff" for c in name):
-            raise SpecError(f"namespace {name[:40]!r}: give 1 to {MAX_NAMESPACE} characters of Unicode text.")
+        check_namespace(self.namespace)
 
     def items(self, documents: Iterable[Document], failed: list[str] | None = None) -> list[Item]:
         """Tokenise and key documents.
@@ -146,9 +144,9 @@ class Encoder:
         e = self.encoding
         around = len(e.before) + len(e.after) + e.anchors_of(len(ids))
         if len(ids) + around > self.model.context_length:
-            name = document.id or document.title or document.text[:40]
+            name = document.id or document.title or document.text
             raise DocumentError(
-                f"document {name!r} has {len(ids)} tokens, the model's context holds "
+                f"document {name[:40]!r} has {len(ids)} tokens, the model's context holds "
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
@@ -197,15 +195,15 @@ class Encoder:
         present_count = len(unique) - len(missing)
         return EncodeReport(len(unique), len(missing), present_count, tokens, size, seconds, tuple(failed))
 
-    def obtain(self, items: Sequence[Item], damaged: Collection[str] = ()) -> dict[str, DocumentCache]:
-        """The caches of documents that the store does not have, or has `damaged`, encoded now and stored, by digest.
+    def obtain(self, items: Sequence[Item], lost: Collection[str] = ()) -> dict[str, DocumentCache]:
+        """The caches of documents that the store does not have, or has `lost`, encoded now and stored, by digest.
 
         An answer is still given when the store cannot take them."""
         unique = {item.key.digest: item for item in items}
         caches: dict[str, DocumentCache] = {}
         while missing := [item for digest, item in unique.items() if digest not in caches]:
             for batch in batches(missing):
-                made = self._make(batch, self._store_if_possible, damaged)
+                made = self._make(batch, self._store_if_possible, lost)
                 caches |= {item.key.digest: cache for item, cache in made if cache is not None}
         return caches
 
@@ -215,13 +213,13 @@ class Encoder:
         return [self._smaller(cache, item) for cache, item in zip(caches, items, strict=True)]
 
     def _make(
-        self, batch: Sequence[Item], store: Callable[[Item, DocumentCache], None], damaged: Collection[str] = ()
+        self, batch: Sequence[Item], store: Callable[[Item, DocumentCache], None], lost: Collection[str] = ()
     ) -> Iterator[tuple[Item, DocumentCache | None]]:
         """Encode and store a batch, or wait for those who do; None for what another thread has failed to encode."""
         by_digest = {item.key.digest: item for item in batch}
         mine, theirs = self.flights.take(by_digest)
         try:
-            sound = [by_digest[digest] for digest in mine if digest not in damaged]
+            sound = [by_digest[digest] for digest in mine if digest not in lost]
             there = self._stored(sound)  # finished by somebody since we looked
             for digest, cache in there.items():
                 self.flights.land(digest, cache)

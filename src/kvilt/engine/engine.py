@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +17,7 @@ from kvilt.compress.base import Compression
 from kvilt.engine.encoder import Encoder, EncodeReport, Flights, Item
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
-from kvilt.errors import DamagedCache, PromptError, StoreUnavailable
+from kvilt.errors import DamagedCache, PromptError, StoreUnavailable, UnreadableCache
 from kvilt.model.decoding import Settings, generate
 from kvilt.model.loading import load_model
 from kvilt.model.model import Model, Run
@@ -151,21 +152,21 @@ class Engine:
 
         `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
         Raises PromptError before anything is computed where question or options cannot be served."""
-        clock, damaged = Clock(), set[str]()
+        clock, lost = Clock(), dict[str, bool]()
         settings = Settings.of(self.model.hf, sampling)
         while True:
             try:
-                ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, damaged)
+                ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
                 room = self._room(ready.plan.end, max_new_tokens)
                 with self.model.run(ready.plan, room) as run:
                     clock.lap("run")
                     prompt = torch.cat([s.tokens for s in ready.plan.segments])
                     tokens = generate(run, prompt, room, settings, clock.mark_first, streamer, self.text.tokenizer)
                     clock.lap("decode")
-                    usage = self._usage(ready, run, clock, len(tokens), len(damaged))
+                    usage = self._usage(ready, run, clock, len(tokens), sum(lost.values()))
                 return Answer(self.text.decode(tokens), tokens, usage, self.label, run.logits.cpu())
-            except DamagedCache as error:
-                self._repair(error, damaged)
+            except (DamagedCache, UnreadableCache) as error:
+                self._give_up(error, lost)
 
     def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself.
@@ -179,18 +180,18 @@ class Engine:
         """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
         if not len(continuation):
             raise PromptError("nothing to score: the continuation is empty.")
-        damaged = set[str]()
+        lost = dict[str, bool]()
         while True:
             try:
                 count = len(continuation)
-                plan = self._ready(question, documents, allow_empty, count, Clock(), damaged, least=count).plan
+                plan = self._ready(question, documents, allow_empty, count, Clock(), lost, least=count).plan
                 self._room(plan.end, count, least=count)
                 forced = Segment(torch.tensor(list(continuation[:-1]), dtype=torch.long), plan.end, name="answer")
                 if forced.length:
                     plan = replace(plan, segments=(*plan.segments, forced))
                 return self.model.score(plan, count)
-            except DamagedCache as error:
-                self._repair(error, damaged)
+            except (DamagedCache, UnreadableCache) as error:
+                self._give_up(error, lost)
 
     def plan(self, question: str, documents: Sequence[Document]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
@@ -211,17 +212,17 @@ class Engine:
         allow_empty: bool,
         wanted: int,
         clock: Clock,
-        damaged: Collection[str],
+        lost: Collection[str],
         least: int = 1,
     ) -> Ready:
-        """Tokenise, key, fetch, encode what is missing or damaged, plan."""
+        """Tokenise, key, fetch, encode what is missing or lost, plan."""
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
         asked = self.text.question_ids(question)
         items = self._items(documents)
         self._room(self._least_end(items, asked), wanted, least)
         clock.lap("tokenise")
-        caches = self._fetch(items, damaged)
+        caches = self._fetch(items, lost)
         clock.lap("fetch")
         names = tuple(d.id or d.title or "" for d in documents)
         prompt = Prompt(caches.system, tuple(caches.documents), asked, names, sum(i.saved for i in items))
@@ -254,19 +255,19 @@ class Engine:
             i if i.document.store is d.store else replace(i, document=d) for i, d in zip(items, documents, strict=True)
         ]
 
-    def _fetch(self, items: Sequence[Item], damaged: Collection[str]) -> Fetched:
+    def _fetch(self, items: Sequence[Item], lost: Collection[str]) -> Fetched:
         """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
         if self.strategy.encoding is None:
             return Fetched(self._bare(self._system), [self._bare(i) for i in items], 0, 0, ())
         stored = [i for i in items if i.document.store]
         front = [self._system] if len(self._system.ids) else []
-        caches = self._stored([i.key for i in (*front, *stored) if i.key.digest not in damaged])
+        caches = self._stored([i.key for i in (*front, *stored) if i.key.digest not in lost])
         missing = {i.key.digest: i for i in stored if i.key.digest not in caches}
         lacking = [i for i in front if i.key.digest not in caches]
         if missing:
-            caches |= self.encoder.obtain(list(missing.values()), damaged)
+            caches |= self.encoder.obtain(list(missing.values()), lost)
         if lacking:
-            caches |= self._plain.obtain(lacking, damaged)
+            caches |= self._plain.obtain(lacking, lost)
         misses = sum(i.key.digest in missing for i in stored)
         documents = [caches[i.key.digest] if i.document.store else self._bare(i) for i in items]
         system = caches[self._system.key.digest] if front else self._bare(self._system)
@@ -302,15 +303,16 @@ class Engine:
             raise PromptError(f"max_new_tokens must be at least 1, not {wanted}.")
         return min(wanted, free)
 
-    def _repair(self, error: DamagedCache, damaged: set[str]) -> None:
-        """Take a damaged document out of service; the answer starts again and encodes it anew."""
-        if error.key in damaged:
+    def _give_up(self, error: DamagedCache | UnreadableCache, lost: dict[str, bool]) -> None:
+        """Note a stored document that cannot be used, and whether it is damaged; the answer encodes it anew."""
+        if error.key in lost:
             raise error
-        damaged.add(error.key)
-        try:
+        lost[error.key] = isinstance(error, DamagedCache)
+        if not isinstance(error, DamagedCache):
+            logger.warning("%s", error)
+            return
+        with contextlib.suppress(StoreUnavailable):
             self.store.set_aside(error.key, error.reason)
-        except StoreUnavailable as unavailable:
-            logger.warning("not set aside: %s", unavailable)
 
     def _usage(self, ready: Ready, run: Run, clock: Clock, generated: int, damaged: int) -> Usage:
         plan, caches = ready.plan, ready.caches

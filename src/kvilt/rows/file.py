@@ -13,7 +13,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvilt.errors import DamagedCache, DocumentError
+from kvilt.errors import DamagedCache, DocumentError, UnreadableCache
 from kvilt.rows.codec import CODECS, SIDES, QuantisedRows
 from kvilt.rows.header import (
     DIGEST_AT,
@@ -157,6 +157,8 @@ def _fill(blob: Readable, key: str, offset: int, into: Sequence[memoryview]) -> 
             blob.read(offset, into)
     except EOFError as error:
         raise DamagedCache(key, "it is cut off") from error
+    except OSError as error:
+        raise UnreadableCache(key, error.strerror or str(error)) from error
 
 
 class _Scratch(threading.local):
