@@ -45,6 +45,7 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory, reference: Engine) -> str:
 def test_answers_equal_the_dense_reference_in_any_order(
     strategy: str, reference: Engine, wrapper: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
 ) -> None:
+    """Danger: a file between encoding and asking changes what is answered, or the order of documents does."""
     spec = strategy.replace("WRAPPER", wrapper)
     common = ("--model", model_dir, "--store", store, "--strategy", spec)
     assert data("encode", tmp_path / "docs", *common)["encoded"] == 5
@@ -62,6 +63,7 @@ def test_answers_equal_the_dense_reference_in_any_order(
 
 
 def test_json_has_the_promised_keys(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a script that reads the output breaks."""
     answer = data("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 3)
     assert set(answer) == {"question", "text", "strategy", "usage"}
     promised = {"reused_tokens", "computed_tokens", "charged", "hits", "misses", "bytes_loaded", "ttft_s", "steps_s"}
@@ -80,6 +82,7 @@ def test_what_auto_has_chosen_is_said(model_dir: Path, docs: list[Path], store: 
 
 
 def test_text_on_stdout_talk_on_stderr(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a pipe gets progress lines, or a streamed answer is another than a plain one."""
     common = ("ask", QUESTION, "--docs", *docs, "--model", model_dir, "--store", store, "--max-new-tokens", 6)
     plain = run(*common, "--explain")
     assert "hits" in plain.stderr
@@ -91,6 +94,7 @@ def test_text_on_stdout_talk_on_stderr(model_dir: Path, docs: list[Path], store:
 
 
 def test_picking_documents(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
+    """Danger: another document than the one that was picked is answered from."""
     common = (
         "ask",
         QUESTION,
@@ -111,6 +115,7 @@ def test_picking_documents(model_dir: Path, docs: list[Path], store: str, tmp_pa
 
 
 def test_sampling(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a seed gives another answer each time, or a temperature of 0 is not greedy."""
     common = ("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 12)
     hot = [data(*common, "--temperature", 5, "--top-p", 0.99, "--seed", seed)["text"] for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
@@ -118,6 +123,7 @@ def test_sampling(model_dir: Path, docs: list[Path], store: str) -> None:
 
 
 def test_documents_from_standard_input(model_dir: Path, store: str) -> None:
+    """Danger: documents from a pipe get other keys in each verb."""
     lines = "\n".join(json.dumps({"text": f"Document number {i}."}) for i in range(3))
     common = ("--model", model_dir, "--store", store)
     assert data("encode", "-", *common, input=lines)["encoded"] == 3
@@ -125,6 +131,7 @@ def test_documents_from_standard_input(model_dir: Path, store: str) -> None:
 
 
 def test_dry_run(model_dir: Path, store: str, tmp_path: Path) -> None:
+    """Danger: a dry run writes, or foresees something else than what happens."""
     write_documents(tmp_path / "docs", 6)
     common = ("encode", tmp_path / "docs", "--store", store)
     guess = data(*common, "--dry-run", KVILT_MODEL=str(model_dir))
@@ -139,6 +146,7 @@ def test_dry_run(model_dir: Path, store: str, tmp_path: Path) -> None:
 
 
 def test_system_and_dtype_reach_the_model(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: an option is read and then forgotten."""
     common = ("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 1)
     plain, other, short = (
         data(*common, *more)["usage"] for more in ((), ("--system", "Be brief."), ("--dtype", "bf16"))

@@ -70,6 +70,7 @@ ASK = ("ask", "what?", "--max-new-tokens", 1)
 def test_before_a_model_is_loaded(
     arguments: tuple[str, ...], message: str, model_dir: Path, docs: list[Path], tmp_path: Path
 ) -> None:
+    """Danger: a minute of loading, and then a typing error; or a mistake that is not told in one line."""
     (tmp_path / "empty.txt").write_text(" \n")
     names = {"DOCS": docs[0].parent, "MODEL": model_dir, "EMPTY": tmp_path / "empty.txt"}
     with pytest.MonkeyPatch.context() as patch:
@@ -92,6 +93,7 @@ def test_before_a_model_is_loaded(
 def test_with_a_model(
     arguments: tuple[str, ...], message: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
 ) -> None:
+    """Danger: a mistake that only the model can see ends in a traceback."""
     (tmp_path / "long.txt").write_text("x" * 5000)
     for i in range(3):
         (tmp_path / "many").mkdir(exist_ok=True)
@@ -103,6 +105,7 @@ def test_with_a_model(
 
 
 def test_a_wrapper_for_another_model(model_dir: Path, docs: list[Path], store: str, tmp_path: Path) -> None:
+    """Danger: vectors of another model give nonsense without a word."""
     common = (*ASK, "--docs", docs[0], "--model", model_dir, "--store", store)
     Wrapper(torch.zeros(2, 32), torch.zeros(2, 32)).save(tmp_path / "small")
     Wrapper(torch.zeros(2, 64), torch.zeros(2, 64), "0" * 64).save(tmp_path / "other")
@@ -113,6 +116,7 @@ def test_a_wrapper_for_another_model(model_dir: Path, docs: list[Path], store: s
 def test_caches_of_another_model_tokenizer_or_dtype_are_never_served(
     model_dir: Path, docs: list[Path], store: str, tmp_path: Path
 ) -> None:
+    """Danger: an answer from foreign rows."""
     run("encode", *docs, "--model", model_dir, "--store", store)
     zoo.save(tmp_path / "other", seed=2)
     shutil.copytree(model_dir, tmp_path / "retokenized")
@@ -130,6 +134,7 @@ def test_caches_of_another_model_tokenizer_or_dtype_are_never_served(
 
 
 def test_a_tokenizer_for_a_larger_model(model_dir: Path, docs: list[Path], tmp_path: Path) -> None:
+    """Danger: an index error in the middle of an answer."""
     shutil.copytree(model_dir, tmp_path / "model")
     tokenizer = zoo.tokenizer()
     tokenizer.add_tokens(["Document"])
@@ -164,6 +169,7 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_files_are_set_aside_and_encoded_again(
     how: str, model_dir: Path, docs: list[Path], store: str, tmp_path: Path
 ) -> None:
+    """Danger: a flipped bit reaches an answer, or costs the answer."""
     common = (*ASK, "--docs", *docs, "--model", model_dir, "--store", store)
     data(*common, "--logits", tmp_path / "before")
     damage(stored(tmp_path / "store")[2], how)
@@ -212,6 +218,7 @@ def no_space(path: Path) -> Iterator[None]:
 
 
 def test_a_read_only_store_still_answers(docs: list[Path]) -> None:
+    """Danger: a store that cannot be written takes the answer with it, or nobody hears of it."""
     with tempfile.TemporaryDirectory() as name:  # one that nobody may enter, too
         folder = Path(name)
         folder.chmod(0o755)
@@ -233,6 +240,7 @@ def test_a_read_only_store_still_answers(docs: list[Path]) -> None:
 
 
 def test_a_full_disk_still_answers(model_dir: Path, docs: list[Path], tmp_path: Path) -> None:
+    """Danger: a full disk takes the answer with it, or leaves half a document behind."""
     common = (*ASK, "--docs", *docs, "--model", model_dir)
     data(*common, "--store", "memory", "--logits", tmp_path / "before")
     with no_space(tmp_path / "full"):

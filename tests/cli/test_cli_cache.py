@@ -22,6 +22,7 @@ def filled(model_dir: Path, docs: list[Path], store: str) -> str:
 
 
 def test_ls_and_show(filled: str, docs: list[Path]) -> None:
+    """Danger: the list leaves documents out, or shows another one than was asked for."""
     found = data("cache", "ls", "--store", filled)
     assert [e["title"] for e in found[:5]] == [str(p) for p in docs]
     assert len(data("cache", "ls", "--store", filled, "--namespace", "other")) == 2
@@ -58,6 +59,7 @@ def test_what_is_called_plain_is_plain() -> None:
 
 
 def test_rm(filled: str, docs: list[Path], tmp_path: Path) -> None:
+    """Danger: more is deleted than was named, or another namespace's."""
     gone = data("cache", "rm", docs[2], docs[3], "--store", filled)
     assert gone["removed"] == 2
     assert gone["freed_bytes"] > 0
@@ -68,6 +70,7 @@ def test_rm(filled: str, docs: list[Path], tmp_path: Path) -> None:
 
 
 def test_stats_and_pin_and_gc(filled: str, docs: list[Path]) -> None:
+    """Danger: a pinned document is evicted, or `gc` leaves more than the budget."""
     total = data("cache", "stats", "--store", filled)
     assert total["entries"] == 7
     assert total["bytes"] > 0
@@ -82,6 +85,7 @@ def test_stats_and_pin_and_gc(filled: str, docs: list[Path]) -> None:
 
 
 def test_verify_reports_and_sets_aside(filled: str, tmp_path: Path) -> None:
+    """Danger: a damaged file is called whole."""
     assert data("cache", "verify", "--store", filled) == {"damaged": [], "whole": 7}
     victim = stored(tmp_path / "store")[0]
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -92,6 +96,7 @@ def test_verify_reports_and_sets_aside(filled: str, tmp_path: Path) -> None:
 
 
 def test_time_to_live(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: an expired document is kept, or one that is not is dropped."""
     common = ("encode", *docs, "--model", model_dir, "--store", store)
     assert data(*common, "--ttl", 0)["encoded"] == 5
     assert data("cache", "gc", "--store", store)["freed_bytes"] > 0

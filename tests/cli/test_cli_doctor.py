@@ -38,6 +38,7 @@ def only_reason(*arguments: Any) -> tuple[str, str]:
 
 
 def test_all_is_well(encoded: tuple[Any, ...], store: str) -> None:
+    """Danger: the doctor finds fault with a sound store, or changes it by looking."""
     before = data("cache", "stats", "--store", store)
     report = data(*encoded)
     assert report["healthy"] is True
@@ -58,12 +59,14 @@ def test_other_dtype(encoded: tuple[Any, ...]) -> None:
 
 
 def test_other_weights(encoded: tuple[Any, ...], tmp_path: Path) -> None:
+    """Danger: another model's documents are called lost."""
     reason, fix = only_reason(*encoded, "--model", zoo.save(tmp_path / "other", seed=2))
     assert "other weights" in reason
     assert "--model" in fix
 
 
 def test_other_tokenizer(encoded: tuple[Any, ...], model_dir: Path, tmp_path: Path) -> None:
+    """Danger: a changed tokenizer is not named."""
     shutil.copytree(model_dir, tmp_path / "model")
     tokenizer = zoo.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -74,6 +77,7 @@ def test_other_tokenizer(encoded: tuple[Any, ...], model_dir: Path, tmp_path: Pa
 
 
 def test_other_rotary_settings(encoded: tuple[Any, ...], model_dir: Path, tmp_path: Path) -> None:
+    """Danger: a changed config is not named."""
     shutil.copytree(model_dir, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -84,6 +88,7 @@ def test_other_rotary_settings(encoded: tuple[Any, ...], model_dir: Path, tmp_pa
 
 
 def test_other_encoding(encoded: tuple[Any, ...], tmp_path: Path) -> None:
+    """Danger: another strategy's documents are called lost."""
     Wrapper(torch.ones(2, 64), torch.ones(2, 64)).save(tmp_path / "wrapper")
     reason, fix = only_reason(*encoded, "--strategy", f"kv_packet:wrapper={tmp_path / 'wrapper'}")
     assert "encoded plain; KVPacket(" in reason
@@ -91,6 +96,7 @@ def test_other_encoding(encoded: tuple[Any, ...], tmp_path: Path) -> None:
 
 
 def test_system_text_in_the_encoding(model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: nobody sees that a system text was changed, and every document is encoded again."""
     common = (*docs, "--model", model_dir, "--store", store, "--strategy", "block:sink=system")
     run("encode", *common, "--system", "Be brief.")
     reason, _ = only_reason("doctor", *common, "--system", "Be long.")
@@ -98,6 +104,7 @@ def test_system_text_in_the_encoding(model_dir: Path, docs: list[Path], store: s
 
 
 def test_template_drift(encoded: tuple[Any, ...], model_dir: Path, docs: list[Path], store: str) -> None:
+    """Danger: a changed chat template goes unnoticed."""
     run("ask", "what?", "--docs", *docs, "--model", model_dir, "--store", store, "--max-new-tokens", 1)
     assert not [f for f in data(*encoded)["findings"] if f["status"] == "note"]
     (note,) = (f for f in data(*encoded, "--system", "Another.")["findings"] if f["status"] == "note")
@@ -105,6 +112,7 @@ def test_template_drift(encoded: tuple[Any, ...], model_dir: Path, docs: list[Pa
 
 
 def test_changed_text_and_unknown_document(encoded: tuple[Any, ...], docs: list[Path], tmp_path: Path) -> None:
+    """Danger: a changed document is taken for a new one, or the other way round."""
     docs[1].write_text("Something else.")
     (tmp_path / "new.txt").write_text("Nobody encoded this.")
     report = data(encoded[0], tmp_path / "new.txt", *encoded[1:], code=1)
@@ -115,6 +123,7 @@ def test_changed_text_and_unknown_document(encoded: tuple[Any, ...], docs: list[
 
 
 def test_damaged_files(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> None:
+    """Danger: damage is not named, or looking moves files."""
     rows, header = stored(tmp_path / "store")[:2]
     content = bytearray(rows.read_bytes())
     content[-5000] ^= 1
@@ -131,6 +140,7 @@ def test_damaged_files(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> 
 
 
 def test_index_out_of_step(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> None:
+    """Danger: documents that are never evicted fill the disk."""
     disk = DiskStore(str(tmp_path / "store"))
     disk._index.remove([stored(tmp_path / "store")[0].stem])
     disk.close()
@@ -141,6 +151,7 @@ def test_index_out_of_step(encoded: tuple[Any, ...], store: str, tmp_path: Path)
 
 
 def test_what_can_be_wrong_besides(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> None:
+    """Danger: a traceback where the set-up itself is at fault."""
     wrapper = tmp_path / "wrapper"
     Wrapper(torch.ones(2, 32), torch.ones(2, 32)).save(wrapper)
     report = data(*encoded, "--strategy", f"kv_packet:wrapper={wrapper}", code=1)

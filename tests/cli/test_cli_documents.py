@@ -31,6 +31,7 @@ def wrong(path: Path, content: str | bytes) -> str:
 
 
 def test_text_and_markdown(tmp_path: Path) -> None:
+    """Danger: a heading is read twice, or a byte order mark becomes part of a document."""
     text = write(tmp_path / "a.txt", "\ufeffline one\r\nline two\n")
     marked = write(tmp_path / "b.MD", "\n## The Title ##\n\nThe body.\n")
     only = write(tmp_path / "c.md", "# Just a heading\n")
@@ -44,6 +45,7 @@ def test_text_and_markdown(tmp_path: Path) -> None:
 
 
 def test_json_lines(tmp_path: Path) -> None:
+    """Danger: fields are mixed up, or a line separator inside a text cuts it in two."""
     lines = [
         {"text": "one", "title": "First", "id": "x", "more": 1},
         {"text": "two\u2028line", "id": 7},
@@ -58,6 +60,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_folders_are_read_in_order_and_say_what_they_skip(tmp_path: Path) -> None:
+    """Danger: a folder gives another order on every machine, or files vanish without a word."""
     for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden.txt", ".git/c.txt"):
         write(tmp_path / name, "text")
     write(tmp_path / "image.png", b"\x89PNG")
@@ -118,11 +121,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_standard_input(content: bytes, expected: list[Document], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: JSON lines are read as one text, or a text as JSON."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert read_documents(["-"]) == expected
 
 
 def test_a_bad_line_on_standard_input_is_not_taken_for_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: a torn line becomes a document."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "one"}\n{"text": ')))
     with pytest.raises(DocumentError, match="stdin:2 is not JSON"):
         read_documents(["-"])
@@ -153,10 +158,12 @@ def test_a_bad_line_on_standard_input_is_not_taken_for_text(monkeypatch: pytest.
     ],
 )
 def test_what_is_wrong_and_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    """Danger: a mistake without file and line, or a binary file encoded as text."""
     assert re.search(message, wrong(tmp_path / name, content))
 
 
 def test_missing_paths_and_empty_folders(tmp_path: Path) -> None:
+    """Danger: a typing error in a path gives an answer from no documents."""
     with pytest.raises(DocumentError, match=r"no such file or folder: .*nowhere"):
         read_documents([str(tmp_path / "nowhere")])
     with pytest.raises(DocumentError, match="no documents in"):

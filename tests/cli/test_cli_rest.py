@@ -127,6 +127,7 @@ def test_the_version_is_told() -> None:
 
 
 def test_options_with_several_values() -> None:
+    """Danger: `--docs *.txt` takes the first file only."""
     assert list(spread(["q", "--docs", "a", "b", "--json", "--docs", "c", "-", "--pick", "1", "--", "-x"])) == (
         ["q", "--docs", "a", "--docs", "b", "--json", "--docs", "c", "--docs", "-", "--pick", "1", "--", "-x"]
     )
