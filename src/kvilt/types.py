@@ -63,6 +63,13 @@ class Encoding:
         around = [-1 - i for i in (*self.before, *self.after) if i < 0]
         return digest_of(json.dumps(frame), b"" if self.learned is None else self.learned[around].float())
 
+    @functools.cached_property
+    def label(self) -> str:
+        """The encoding as cache keys name it, in words for people and with its digest: "plain", "43 before 1a2b..."."""
+        around = [f"{len(ids)} {where}" for ids, where in ((self.before, "before"), (self.after, "after")) if ids]
+        around += [f"{len(self.anchors)} anchors every {self.chunk}"] if self.chunk else []
+        return f"{', '.join(around)}{' kept' if self.keep else ''} {self.digest}" if around else "plain"
+
     def anchors_of(self, tokens: int) -> int:
         """How many anchors a document of so many tokens gets."""
         return -(-tokens * len(self.anchors) // self.chunk) if self.chunk else 0

@@ -147,7 +147,20 @@ def test_dry_run(model_dir: Path, store: str, tmp_path: Path) -> None:
 
 def test_system_and_dtype_reach_the_model(model_dir: Path, docs: list[Path], store: str) -> None:
     """Danger: an option is read and then forgotten."""
-    common = ("ask", QUESTION, "--docs", docs[0], "--model", model_dir, "--store", store, "--max-new-tokens", 1)
+    common = (
+        "ask",
+        QUESTION,
+        "--docs",
+        docs[0],
+        "--model",
+        model_dir,
+        "--store",
+        store,
+        "--max-new-tokens",
+        1,
+        "-s",
+        "naive",
+    )
     plain, other, short = (
         data(*common, *more)["usage"] for more in ((), ("--system", "Be brief."), ("--dtype", "bf16"))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from kvilt.strategies.wrapper import Wrapper
 @pytest.fixture
 def encoded(model_dir: Path, docs: list[Path], store: str) -> tuple[Any, ...]:
     """`doctor` on five stored documents, as arguments."""
-    run("encode", *docs, "--model", model_dir, "--store", store)
-    return ("doctor", *docs, "--model", model_dir, "--store", store)
+    common = (*docs, "--model", model_dir, "--store", store, "--strategy", "block:sink=none")
+    run("encode", *common)
+    return ("doctor", *common)
 
 
 def reasons(report: Any) -> set[tuple[str, str]]:
@@ -91,7 +93,7 @@ def test_other_encoding(encoded: tuple[Any, ...], tmp_path: Path) -> None:
     """Danger: another strategy's documents are called lost."""
     Wrapper(torch.ones(2, 64), torch.ones(2, 64)).save(tmp_path / "wrapper")
     reason, fix = only_reason(*encoded, "--strategy", f"kv_packet:wrapper={tmp_path / 'wrapper'}")
-    assert "encoded plain; KVPacket(" in reason
+    assert re.search(r"other things around it \(plain stored, 2 before, 2 after kept [0-9a-f]{12} now\)", reason)
     assert "--strategy" in fix
 
 
@@ -105,7 +107,7 @@ def test_system_text_in_the_encoding(model_dir: Path, docs: list[Path], store: s
 
 def test_template_drift(encoded: tuple[Any, ...], model_dir: Path, docs: list[Path], store: str) -> None:
     """Danger: a changed chat template goes unnoticed."""
-    run("ask", "what?", "--docs", *docs, "--model", model_dir, "--store", store, "--max-new-tokens", 1)
+    run("ask", "what?", "--docs", *docs, *encoded[len(docs) + 1 :], "--max-new-tokens", 1)
     assert not [f for f in data(*encoded)["findings"] if f["status"] == "note"]
     (note,) = (f for f in data(*encoded, "--system", "Another.")["findings"] if f["status"] == "note")
     assert "is not the one used before" in note["what"]
@@ -131,10 +133,12 @@ def test_damaged_files(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> 
     header.write_bytes(b"foreign")
     first = data(*encoded, code=1)
     assert any(
-        "stored files are not served" in f["what"] and "kvilt cache verify" in f["fix"] for f in first["findings"]
+        "stored documents are not served" in f["what"] and "kvilt cache verify" in f["fix"] for f in first["findings"]
     )
     assert [d["reused"] for d in first["documents"]].count(False) == 2
     assert any("does not match its digest" in reason for reason, _ in reasons(first))
+    assert data(*encoded, code=1)["documents"] == first["documents"]  # looking moves nothing
+    assert len(data("cache", "verify", "--store", store, code=1)["damaged"]) == 2
     again = data(*encoded, code=1)
     assert any("set aside" in f["what"] for f in again["findings"])
 
@@ -142,10 +146,10 @@ def test_damaged_files(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> 
 def test_index_out_of_step(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> None:
     """Danger: documents that are never evicted fill the disk."""
     disk = DiskStore(str(tmp_path / "store"))
-    disk._index.remove([stored(tmp_path / "store")[0].stem])
+    disk.kept[-1].catalogue.remove([stored(tmp_path / "store")[0].stem])
     disk.close()
     (note,) = (f for f in data(*encoded)["findings"] if f["status"] == "note")
-    assert "the index does not know 1 stored documents" in note["what"]
+    assert "the catalogue does not know 1 stored documents" in note["what"]
     run("cache", "gc", "--store", store)
     assert not [f for f in data(*encoded)["findings"] if f["status"] == "note"]
 
@@ -159,6 +163,6 @@ def test_what_can_be_wrong_besides(encoded: tuple[Any, ...], store: str, tmp_pat
     assert any("reuses nothing" in f["what"] for f in data(*encoded, "--strategy", "full", code=1)["findings"])
     assert "forgets everything" in run("doctor", "--store", "memory").stdout
     assert "is empty" in run("doctor", "--store", f"{store}2").stdout
-    assert "the index knows them all" in run("doctor", "--store", f"tiered:path={tmp_path / 'store'}").stdout
+    assert "the catalogue knows them all" in run("doctor", "--store", f"tiered:path={tmp_path / 'store'}").stdout
     (tmp_path / "file").write_text("")
     assert "cannot make the store" in run("doctor", "--store", f"disk:path={tmp_path / 'file'}", code=1).stdout

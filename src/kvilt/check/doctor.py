@@ -5,10 +5,10 @@ fields that stored documents carry in clear with those of the key that is looked
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ REASONS = {  # identity field -> why a document is not found, and what to do
     "tokenizer": ("it was encoded with another tokenizer", "restore the tokenizer's files"),
     "rope": ("the model's rotary settings changed", "restore rope_parameters in config.json"),
     "dtype": ("it was stored in another dtype", "give the checkpoint it was encoded with"),
-    "encoding": ("", "give the --strategy it was encoded for"),
+    "encoding": ("it was encoded with other things around it", "give the --strategy it was encoded for"),
     "compression": ("it was compressed otherwise", "give the --compress it was encoded with"),
     "namespace": ("it belongs to another namespace", "give its --namespace"),
 }
@@ -213,23 +213,15 @@ class _Lookup:
         return "; ".join(reasons), f"{', '.join(REASONS[name][1] for name in differ)}, or {AGAIN} for these settings."
 
     def _reason(self, name: str, stored: str, wanted: str) -> str:
-        if name != "encoding":
-            return f"{REASONS[name][0]} ({_short(stored)} stored, {_short(wanted)} now)"
-        now, plain = self.engine.strategy.encoding or Encoding(), Encoding().digest
-        before = "plain" if stored == plain else "with another wrapper, sink or anchors"
-        if now.before and now.before == self.engine.info.system:
-            return (
-                f"it was encoded {before}, not behind this system text (sink=system: --system or the template changed)"
-            )
-        wants = "plain" if wanted == plain else "its own wrapper, sink or anchors"
-        return f"it was encoded {before}; {self.engine.label} wants {wants}"
+        now = self.engine.strategy.encoding or Encoding()
+        if name == "encoding" and now.before and now.before == self.engine.info.system and "before" in stored:
+            return "it was encoded behind another system text (sink=system: --system or the template changed)"
+        return f"{REASONS[name][0]} ({_short(stored)} stored, {_short(wanted)} now)"
 
 
 def _short(value: str) -> str:
-    """An identity field for people: the beginning of a digest, other things as they are."""
-    with suppress(ValueError):
-        return value[:12] if len(value) == 64 and int(value, 16) >= 0 else value or "none"
-    return value
+    """An identity field for people: digests are cut to what one compares."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", value) or "none"
 
 
 def _differences(wanted: dict[str, str], entry: Entry) -> list[str]:

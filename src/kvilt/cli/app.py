@@ -39,7 +39,7 @@ Pick = Annotated[
     list[str] | None, Option("--pick", metavar="ID...", help="Ids of those to use, in order; takes several.")
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
-TimeToLive = Annotated[float | None, Option("--ttl", min=0, help="Seconds until the caches expire.")]
+TimeToLive = Annotated[float | None, Option("--ttl", help="Seconds until the caches expire.")]
 Question = Annotated[
     str, Argument(metavar="[QUESTION]", help="What to answer from the documents; - for stdin, one question a line.")
 ]

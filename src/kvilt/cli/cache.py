@@ -25,7 +25,11 @@ app = typer.Typer(help="Look at a store and tidy it.", rich_markup_mode=None)
 Key = Annotated[str, Argument(metavar="KEY", help="Title, or the beginning of a key.")]
 Keys = Annotated[list[str] | None, Argument(metavar="[KEYS...]", help="Titles, or beginnings of keys.")]
 Variant = Annotated[
-    str, Option("--variant", help="Where a title is stored several times: a dtype, encoding or compression, or all.")
+    str,
+    Option(
+        "--variant",
+        help="Where a title is stored several times: which dtype, encoding, compression or namespace, or all.",
+    ),
 ]
 Everything = Annotated[bool, Option("--all", help="All of them; with --namespace all of those.")]
 
@@ -109,7 +113,7 @@ def _matching(entries: list[Entry], wanted: str, variant: str) -> list[Entry]:
     called = [e for e in entries if e.title == wanted or (len(wanted) >= SHORTEST and e.key.startswith(wanted))]
     if not called:
         raise UserError(f"no stored document is called {wanted!r} or has a key that begins so. See: kvilt cache ls.")
-    meant = [e for e in called if variant in ("", "all", *show.variant(e))]
+    meant = [e for e in called if variant in ("", "all") or any(v.startswith(variant) for v in show.variant(e))]
     if len(meant) == 1 or (meant and variant == "all"):
         return meant
     listed = "; ".join(" ".join((e.key[:12], *show.variant(e))) for e in called)

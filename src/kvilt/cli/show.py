@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kvilt.types import Answer
 
 BAR = 40  # characters
-PLAIN = "43b4ff2c41ba9da18fff2e296658e67a7c7cca98d9d7be93b22fc7f6041f81e9"  # encoded alone
 EXAMPLES = 3  # documents named for each reason
 
 
@@ -77,11 +77,15 @@ def plan(plan: Plan, names: Sequence[str], strategy: str) -> Iterator[str]:
     return table(("segment", "start>", "tokens>", "reused>", "computed>", strategy), rows)
 
 
-def variant(stored: Entry) -> tuple[str, str, str]:
-    """What tells several copies of one document apart: dtype, encoding, compression."""
-    f = stored.fields
-    encoding = f.get("encoding", "")
-    return f.get("dtype", ""), "plain" if encoding == PLAIN else encoding[:8], f.get("compression") or "none"
+def variant(stored: Entry) -> tuple[str, str, str, str]:
+    """What tells several copies of one document apart: dtype, encoding, compression, namespace."""
+    encoding, compression = stored.fields.get("encoding", ""), stored.fields.get("compression", "")
+    return stored.fields.get("dtype", ""), short(encoding), compression or "none", stored.namespace
+
+
+def short(text: str) -> str:
+    """A text in which digests are cut to what people compare."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text)
 
 
 def entries(stored: Iterable[Entry]) -> Iterator[str]:
@@ -89,7 +93,7 @@ def entries(stored: Iterable[Entry]) -> Iterator[str]:
     heads = ("key", "title", "tokens>", "size>", "hits>", "used", "", "dtype", "encoding", "compression", "namespace")
     rows = [
         (e.key[:12], e.title, f"{e.tokens:,}", show_size(e.bytes), e.hits, ago(e.used), "pinned" if e.pinned else "",
-         *variant(e), e.namespace)
+         *variant(e))
         for e in stored
     ]  # fmt: skip
     return table(heads, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ STDIN = "-"
 
 def encode(options: Run, paths: Sequence[str], dry_run: bool, ttl: float | None) -> int:
     """Encode what can be encoded; every document that cannot is named, and the exit code says so."""
+    if ttl is not None and not 0 < ttl < math.inf:
+        raise UserError(f"--ttl {ttl:g}: a number of seconds above 0.")
     bad: list[str] = []
     documents = options.read(paths, lambda error: bad.append(str(error)))
     if bad and not documents:

@@ -104,7 +104,7 @@ class Engine:
         self._plain = Encoder(model, text, store, Encoding(), namespace, flights=self.flights)
         self._known: dict[tuple[str | None, str], Item] = {}  # by title and text
         ids = torch.tensor(self.info.system, dtype=torch.long)
-        self._system = Item(Document("system"), ids, model.key(ids, Encoding(), namespace=namespace))
+        self._system = Item(Document("", title="system"), ids, model.key(ids, Encoding(), namespace=namespace))
 
     @classmethod
     def load(

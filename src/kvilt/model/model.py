@@ -115,7 +115,7 @@ class Model:
             tokenizer=self.tokenizer_digest,
             rope=self.identity.rope,
             dtype=self.identity.dtype,
-            encoding=encoding.digest,
+            encoding=encoding.label,
             compression=compression,
             tokens=digest_of(tokens),
             namespace=namespace,
