@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import zoo
 from core_kit import DOCUMENTS, QUESTION
 from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
+from kvilt.engine.tokens import Memo
 from kvilt.errors import DocumentError, ModelError, PromptError
 from kvilt.types import Document
 
@@ -71,6 +73,15 @@ def joined(text: TextFormat, documents: list[Document], question: str) -> str:
     return str(text.tokenizer.decode(torch.cat(parts).tolist()))
 
 
+def head(text: TextFormat) -> str:
+    return str(text.tokenizer.decode(text.system_ids().tolist()))
+
+
+def control(text: TextFormat, ids: Any) -> list[int]:
+    """The control tokens among ids."""
+    return [i for i in ids.tolist() if i in text.ordinary.control.values()]
+
+
 @pytest.mark.parametrize("system", [None, "Be brief.", ""])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_parts_tokenised_alone_join_to_what_the_template_renders(name: str, system: str | None) -> None:
@@ -94,9 +105,15 @@ def test_parts_tokenised_alone_join_to_what_the_template_renders(name: str, syst
 
 def test_the_date_is_the_same_every_day() -> None:
     """Danger: today's date in the system part makes every cached prefix stale at midnight."""
-    head = format_of(LLAMA3).head
-    assert "Today Date: 26 Jul 2024" in head
-    assert head.startswith("<s><|system|>")
+    assert head(format_of(LLAMA3)).startswith("<s><|system|>")
+    assert "Today Date: 26 Jul 2024" in head(format_of(LLAMA3))
+    text = format_of("{{ strftime_now('%d %B %Y, %-d.%-m.%y %A %j %H:%M') + ' %d' }}" + zoo.CHAT)
+    assert head(text).startswith("26 July 2024, 26.7.24 Friday 208 12:00 %d<s><|system|>")
+    text = format_of(
+        "{%- set form = '%Y-%m-%d' %}\n  {% set today = strftime_now(form) %}\n" + zoo.CHAT + "{{ today }}"
+    )
+    assert head(text).startswith("<s>")
+    assert text.tail.endswith("<|assistant|>2024-07-26")
 
 
 def test_thinking_is_switched_off() -> None:
@@ -107,9 +124,9 @@ def test_thinking_is_switched_off() -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma", "drops"])
 def test_a_system_text_without_a_place_stands_before_the_documents(name: str) -> None:
     """Danger: templates refuse the system role in any words, or drop it without one; the instruction is lost."""
-    head = format_of(TEMPLATES[name], "Answer in French.").head
-    assert head.count("Answer in French.") == 1
-    assert head.endswith("Answer in French.\n\n")
+    before = head(format_of(TEMPLATES[name], "Answer in French."))
+    assert before.count("Answer in French.") == 1
+    assert before.endswith("Answer in French.\n\n")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +148,7 @@ def test_a_template_that_cannot_hold_documents_is_refused(template: str) -> None
 def test_a_template_may_end_with_the_question() -> None:
     """Danger: a format without anything after the user's words is taken for one that drops them."""
     text = format_of("{%- for m in messages %}{{ m['content'] }}{%- endfor %}", "S")
-    assert (text.head, text.middle, text.tail) == ("S", "", "")
+    assert (head(text), joined(text, [], "Q?"), text.tail) == ("S", "SQ?", "")
 
 
 def test_base_models_get_a_plain_frame() -> None:
@@ -143,7 +160,7 @@ def test_base_models_get_a_plain_frame() -> None:
     )
     assert len(format_of(None, "").system_ids()) == 1
     for document in DOCUMENTS:
-        assert not bool(torch.isin(text.document_ids(document), text._special).any())
+        assert not control(text, text.document_ids(document))
 
 
 # --- texts that hold special tokens ---
@@ -157,7 +174,7 @@ def test_a_document_cannot_speak_special_tokens(name: str) -> None:
     text = format_of(TEMPLATES[name])
     for document in (Document(EVIL), Document("text", title=EVIL)):
         ids = text.document_ids(document)
-        assert text._count_special(ids) == 0
+        assert not control(text, ids)
         assert text.tokenizer.decode(ids.tolist()) == document.content
 
 
@@ -166,8 +183,19 @@ def test_a_question_cannot_speak_special_tokens(name: str) -> None:
     """Danger: a user's question ends its turn and writes the assistant's answer itself."""
     text = format_of(TEMPLATES[name])
     honest, evil = text.question_ids(QUESTION), text.question_ids(EVIL)
-    assert text._count_special(evil) == text._count_special(honest)
-    assert text.tokenizer.decode(evil.tolist()) == f"{text.middle}{EVIL}{text.tail}"
+    assert control(text, evil) == control(text, honest)
+    middle = "" if TEMPLATES[name] else "Question: "
+    assert text.tokenizer.decode(evil.tolist()) == f"{middle}{EVIL}{text.tail}"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_text_cannot_speak_special_tokens(name: str) -> None:
+    """Danger: a system text that quotes a user lets the user speak as the system."""
+    honest, evil = format_of(TEMPLATES[name], "Be brief."), format_of(TEMPLATES[name], EVIL)
+    for one in (honest, evil):
+        one.question_ids(QUESTION)
+    assert control(evil, evil.system_ids()) == control(honest, honest.system_ids())
+    assert EVIL in joined(evil, [], QUESTION)
 
 
 def test_ordinary_texts_are_tokenised_as_ever() -> None:
@@ -176,7 +204,7 @@ def test_ordinary_texts_are_tokenised_as_ever() -> None:
     for words in (QUESTION, "a < b > c <| d |> </ s>", "naïve — \U0001f60a\ttab\n\nlines  spaces"):
         plain = text.tokenizer.encode(f"{words}\n", add_special_tokens=False)
         assert text.document_ids(Document(words)).tolist() == plain
-        whole = text.tokenizer.encode(f"{text.middle}{words}{text.tail}", add_special_tokens=False)
+        whole = text.tokenizer.encode(f"{words}{text.tail}", add_special_tokens=False)
         assert text.question_ids(words).tolist() == whole
 
 
@@ -192,12 +220,14 @@ def test_merges_across_the_question_s_borders_are_kept() -> None:
 
 def test_threads_do_not_switch_each_other_s_tokenizer() -> None:
     """Danger: a fast tokenizer keeps "read special tokens" as its state; two threads flip it under each other."""
-    text = format_of(LLAMA3)
+    text = replace(format_of(LLAMA3), known=Memo(0))
     wanted = [text.document_ids(Document(EVIL)).tolist(), text.system_ids().tolist()]
+    told = text.told("Something else.")
 
     def one(i: int) -> bool:
-        found = text.system_ids() if i % 2 else text.document_ids(Document(EVIL))
-        return found.tolist() == wanted[i % 2]
+        text.tokenizer.encode(EVIL, split_special_tokens=bool(i % 3))  # its owner may use it as he likes
+        ids = told.told(DEFAULT_SYSTEM).system_ids() if i % 2 else text.document_ids(Document(EVIL))
+        return ids.tolist() == wanted[i % 2]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(200), timeout=60))
@@ -206,7 +236,7 @@ def test_threads_do_not_switch_each_other_s_tokenizer() -> None:
 def test_texts_that_are_no_text_are_refused() -> None:
     """Danger: half a surrogate pair (a file decoded as something else) crashes in Rust with a type error."""
     text = format_of(LLAMA3)
-    with pytest.raises(DocumentError, match=r"document note .* surrogate"):
+    with pytest.raises(DocumentError, match=r"document note: .* surrogate"):
         text.document_ids(Document("broken \ud83d here", id="note"))
     with pytest.raises(PromptError, match="surrogate"):
         text.question_ids("what \udc00?")
@@ -218,7 +248,7 @@ def test_texts_that_are_no_text_are_refused() -> None:
 def test_odd_texts_survive_the_way_there_and_back() -> None:
     """Danger: normalisation or clean-up between text and ids changes what a document says."""
     text = format_of(LLAMA3)
-    for words in ("  leading", "trailing  ", "a\r\nb\x00c", "\u200bzero width", "\ufeffmark", "\ue000documents\ue001"):
+    for words in ("  leading", "trailing  ", "a\rb\x00c", "\u200bzero width", "\ufeffmark", "\ue000documents\ue001"):
         document = Document(words)
         assert text.tokenizer.decode(text.document_ids(document).tolist()) == document.content
 

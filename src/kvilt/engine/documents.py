@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvilt.errors import DocumentError
@@ -137,29 +137,43 @@ def _heading(text: str) -> tuple[str | None, str]:
 
 def _lines(text: str, name: str) -> Found:
     for number, line in enumerate(text.split("\n"), 1):
+        where = f"{name}:{number}"
         try:
             if line.strip():
-                yield _parsed(line, f"{name}:{number}")
+                yield document_of(json_object(line, where), where, where)
         except DocumentError as error:
             yield error
 
 
-def _parsed(line: str, where: str) -> Document:
-    fields = json_object(line, where)
-    title, given = fields.get("title"), fields.get("id")
+def documents_of(values: Iterable[object]) -> list[Document]:
+    """Documents, texts or {"text", "title", "id"} as documents. Raises DocumentError, saying which is none."""
+    return [document_of(value, f"document {n}") for n, value in enumerate(values, 1)]
+
+
+def document_of(value: object, where: str, name: str | None = None) -> Document:
+    """A Document as it is; or one of a text, or of {"text", "title", "id"}, called `name` if it has no id.
+
+    Raises DocumentError for anything else, saying where it stands."""
+    fields = vars(value) if isinstance(value, Document) else {"text": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping):
+        given = type(value).__name__
+        raise DocumentError(f'{where} is {given}, not a document: give a text, or {{"text": "...", "title": "..."}}.')
+    title, called = fields.get("title"), fields.get("id")
     if not isinstance(fields.get("text"), str):
         raise DocumentError(f'{where} has no text: write {{"text": "..."}}.')
     if not isinstance(title, str | None):
         raise DocumentError(f"{where}: the title must be a text, not {title!r}.")
-    if not isinstance(given, str | int | None) or isinstance(given, bool):
-        raise DocumentError(f"{where}: the id must be a text or a number, not {given!r}.")
-    return _document(fields["text"], title or None, where if given in (None, "") else str(given), where)
+    if not isinstance(called, str | int | None) or isinstance(called, bool):
+        raise DocumentError(f"{where}: the id must be a text or a number, not {called!r}.")
+    if isinstance(value, Document):
+        return value
+    return _document(fields["text"], title or None, name if called in (None, "") else str(called), where)
 
 
-def _document(text: str, title: str | None, name: str, where: str) -> Document:
+def _document(text: str, title: str | None, name: str | None, where: str) -> Document:
     if not text.strip():
         raise DocumentError(f"{where} is empty. Leave it out, or give it a text.")
-    if max(len(title or ""), len(name)) > LONGEST_NAME:
+    if max(len(title or ""), len(name or "")) > LONGEST_NAME:
         raise DocumentError(f"{where}: a title and an id may have {LONGEST_NAME:,} characters at most.")
     try:
         f"{title}{name}{text}".encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kvilt import registry
 from kvilt.compress.base import Compression
+from kvilt.engine.documents import documents_of
 from kvilt.engine.encoder import Encoder, EncodeReport, Flights, Item
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, PromptError, StoreUnavailable, UnreadableCache
-from kvilt.model.decoding import Settings, generate
+from kvilt.model.decoding import Settings, check_ids, generate
 from kvilt.model.loading import load_model
 from kvilt.model.model import Model, Run
 from kvilt.model.probe import ModelProbe
@@ -103,6 +104,7 @@ class Engine:
         )
         self._plain = Encoder(model, text, store, Encoding(), namespace, flights=self.flights)
         self._known: dict[tuple[str | None, str], Item] = {}  # by title and text
+        self._told: dict[str, Engine] = {}  # by system text
         ids = torch.tensor(self.info.system, dtype=torch.long)
         self._system = Item(Document("", title="system"), ids, model.key(ids, Encoding(), namespace=namespace))
 
@@ -134,15 +136,27 @@ class Engine:
         same = self.compression if compress is None else compress
         return Engine(self.model, self.text, built, self.store, self.namespace, same, self.flights)
 
-    def encode(self, documents: Sequence[Document], **options: Any) -> EncodeReport:
+    def with_system(self, system: str) -> Engine:
+        """The same engine with another system text. Strategies that encode documents behind it encode them anew."""
+        if system not in self._told:
+            if len(self._told) > 16:
+                self._told.clear()
+            text = self.text.told(system)
+            self._told[system] = Engine(
+                self.model, text, self.strategy, self.store, self.namespace, self.compression, self.flights
+            )
+        return self._told[system]
+
+    def encode(self, documents: Iterable[Any], **options: Any) -> EncodeReport:
         """Encode and store documents ahead of any question (`Encoder.encode` has the options)."""
-        return self.encoder.encode(documents, **options)
+        return self.encoder.encode(documents_of(documents), **options)
 
     def answer(
         self,
         question: str,
-        documents: Sequence[Document],
+        documents: Sequence[Document | str | dict[str, Any]],
         *,
+        system: str | None = None,
         max_new_tokens: int = 128,
         allow_empty: bool = False,
         streamer: Any = None,
@@ -150,10 +164,14 @@ class Engine:
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
+        A document may be a text or {"text", "title", "id"}; `system` is another system text for this answer.
         `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
         Raises PromptError before anything is computed where question or options cannot be served."""
+        if system is not None:
+            given = {"max_new_tokens": max_new_tokens, "allow_empty": allow_empty, "streamer": streamer, **sampling}
+            return self.with_system(system).answer(question, documents, **given)
         clock, lost = Clock(), dict[str, bool]()
-        settings = Settings.of(self.model.hf, sampling)
+        settings = Settings.of(self.model.hf, sampling, self.text.tokenizer)
         while True:
             try:
                 ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
@@ -161,25 +179,26 @@ class Engine:
                 with self.model.run(ready.plan, room) as run:
                     clock.lap("run")
                     prompt = torch.cat([s.tokens for s in ready.plan.segments])
-                    tokens = generate(run, prompt, room, settings, clock.mark_first, streamer, self.text.tokenizer)
+                    tokens = generate(run, prompt, room, settings, clock.mark_first, streamer)
                     clock.lap("decode")
                     usage = self._usage(ready, run, clock, len(tokens), sum(lost.values()))
                 return Answer(self.text.decode(tokens), tokens, usage, self.label, run.logits.cpu())
             except (DamagedCache, UnreadableCache) as error:
                 self._give_up(error, lost)
 
-    def stream(self, question: str, documents: Sequence[Document], **options: Any) -> Iterator[str | Answer]:
+    def stream(self, question: str, documents: Sequence[Any], **options: Any) -> Iterator[str | Answer]:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself.
 
         The pieces join to its text. Close the iterator to stop early."""
         return stream(lambda pieces: self.answer(question, documents, streamer=pieces, **options), self.text.tokenizer)
 
     def score(
-        self, question: str, documents: Sequence[Document], continuation: Sequence[int], *, allow_empty: bool = False
+        self, question: str, documents: Sequence[Any], continuation: Sequence[int], *, allow_empty: bool = False
     ) -> Tensor:
         """Teacher-forced logits under the strategy, (len(continuation), vocab) float32; row i predicts continuation[i]."""
         if not len(continuation):
             raise PromptError("nothing to score: the continuation is empty.")
+        check_ids("the continuation", list(continuation), self.info.vocab_size)
         lost = dict[str, bool]()
         while True:
             try:
@@ -193,7 +212,7 @@ class Engine:
             except (DamagedCache, UnreadableCache) as error:
                 self._give_up(error, lost)
 
-    def plan(self, question: str, documents: Sequence[Document]) -> Plan:
+    def plan(self, question: str, documents: Sequence[Any]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
         return self._ready(question, documents, False, 1, Clock(), ()).plan
 
@@ -208,7 +227,7 @@ class Engine:
     def _ready(
         self,
         question: str,
-        documents: Sequence[Document],
+        documents: Sequence[Any],
         allow_empty: bool,
         wanted: int,
         clock: Clock,
@@ -218,7 +237,7 @@ class Engine:
         """Tokenise, key, fetch, encode what is missing or lost, plan."""
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
-        asked = self.text.question_ids(question)
+        asked, documents = self.text.question_ids(question), self.text.documents(documents)
         items = self._items(documents)
         self._room(self._least_end(items, asked), wanted, least)
         clock.lap("tokenise")
@@ -293,14 +312,14 @@ class Engine:
 
     def _room(self, end: int, wanted: int, least: int = 1) -> int:
         """How many tokens can be generated behind a prompt that ends there. Raises PromptError where that is too few."""
+        if type(wanted) is not int or wanted < 1:
+            raise PromptError(f"max_new_tokens must be a whole number from 1, not {wanted!r:.40}.")
         free = self.model.context_length - end
         if free < least:
             raise PromptError(
                 f"the prompt takes {end} positions, the model's context holds {self.model.context_length}. "
                 "Give fewer or shorter documents."
             )
-        if wanted < 1:
-            raise PromptError(f"max_new_tokens must be at least 1, not {wanted}.")
         return min(wanted, free)
 
     def _give_up(self, error: DamagedCache | UnreadableCache, lost: dict[str, bool]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvilt.engine.tokens import Written
 from kvilt.types import Answer
 
 CLOSE_SECONDS = 5.0  # how long closing waits for the token that is being computed
@@ -19,67 +20,47 @@ class Cancelled(Exception):
 
 
 class Pieces:
-    """A streamer for transformers: turns tokens into text that later tokens cannot change."""
+    """A streamer for transformers: hands on the text of tokens as it becomes certain.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.items: queue.Queue[str | Answer | BaseException] = queue.Queue()
+    The pieces join to `Answer.text`. `put` raises Cancelled once `cancelled` is set."""
+
+    def __init__(self, tokenizer: Any, hand_on: Callable[[str], object]) -> None:
         self.cancelled = threading.Event()
-        self._tokens: list[int] = []
-        self._from = self._read = 0  # text of tokens[_from:_read] is out; it is decoded again for the spaces between
+        self._written, self._hand_on = Written(tokenizer), hand_on
 
-    def put(self, token: Tensor) -> None:
-        """Take one token; raises Cancelled when the answer is not wanted any more."""
+    def put(self, tokens: Tensor) -> None:
+        """Take tokens; raises Cancelled when the answer is not wanted any more."""
         if self.cancelled.is_set():
             raise Cancelled
-        self._tokens += token.flatten().tolist()
-        known, text = self._text(self._from, self._read), self._text(self._from, len(self._tokens))
-        if len(text) > len(known) and not text.endswith("\ufffd"):  # that would be half a character
-            self.items.put(text[len(known) :])
-            self._from, self._read = self._read, len(self._tokens)
+        for token in tokens.flatten().tolist():
+            if piece := self._written.put(token):
+                self._hand_on(piece)
 
     def end(self) -> None:
         """Nothing to do: the answer itself comes last."""
-
-    def _text(self, start: int, end: int) -> str:
-        return str(self.tokenizer.decode(self._tokens[start:end], skip_special_tokens=True))
 
 
 def stream(answer: Callable[[Pieces], Answer], tokenizer: Any) -> Iterator[str | Answer]:
     """Run `answer` in a thread; its text in pieces that join to `Answer.text`, and the Answer as the last item.
 
     What goes wrong is raised here. Closing the iterator early stops the thread at its next token."""
-    pieces = Pieces(tokenizer)
+    items = queue.SimpleQueue[str | Answer | BaseException]()
+    pieces = Pieces(tokenizer, items.put)
 
     def work() -> None:
         try:
-            pieces.items.put(answer(pieces))
+            items.put(answer(pieces))
         except BaseException as error:  # raised again in the consumer's thread
-            pieces.items.put(error)
+            items.put(error)
 
     worker = threading.Thread(target=work, name="kvilt-stream", daemon=True)
     worker.start()
     try:
-        yield from _joined(iter(pieces.items.get, None))
+        while not isinstance(item := items.get(), Answer):
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+        yield item
     finally:
         pieces.cancelled.set()
         worker.join(CLOSE_SECONDS)
-
-
-def _joined(items: Iterator[str | Answer | BaseException]) -> Iterator[str | Answer]:
-    """Leave out the white space around the whole text, as `Answer.text` does."""
-    out = held = ""
-    for item in items:
-        if isinstance(item, BaseException):
-            raise item
-        if isinstance(item, Answer):
-            if item.text.startswith(out) and item.text != out:
-                yield item.text[len(out) :]
-            yield item
-            return
-        text = held + item if out else (held + item).lstrip()
-        piece = text.rstrip()
-        held = text[len(piece) :]
-        if piece:
-            out += piece
-            yield piece

@@ -3,100 +3,202 @@
 from __future__ import annotations
 
 import functools
-import threading
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvilt.engine.documents import documents_of
+from kvilt.engine.tokens import Memo, Ordinary, Written, text_of
 from kvilt.errors import DocumentError, ModelError, PromptError
 from kvilt.types import Document
 
 DEFAULT_SYSTEM = "Answer the question from the documents."
-DOCUMENTS, QUESTION = "\ue000documents\ue001", "\ue000question\ue001"  # private-use characters: no document holds them
-RENDER_OPTIONS: dict[str, Any] = {  # thinking is switched off; a fixed date keeps the system part the same every day
-    "enable_thinking": False,
-    "thinking": False,
-    "date_string": "26 Jul 2024",
-}
-_encoding = threading.Lock()  # a fast tokenizer is switched between reading and not reading special tokens
+ROLES = ("system", "user", "assistant", "tool")
+TODAY = datetime(2024, 7, 26, 12)  # in every template: a fixed date keeps the system part the same every day
+RENDER_OPTIONS: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": f"{TODAY:%d %b %Y}"}
+DIRECTIVES = [f"%{dash}{c}" for c in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ" for dash in ("", "-")]
+CLOCK = "".join(f"|replace({d!r}, {TODAY.strftime(d)!r})" for d in DIRECTIVES)
+PINNED = f"{{%- macro strftime_now(format) -%}}{{{{- format{CLOCK} -}}}}{{%- endmacro %}}\n"  # stands before a template
+MARK = "\ue000"  # a private character
+PROBE = "A  \"b\" & <c>\n\n'd' \\ \tE."  # what a filter or a normaliser would change
+
+Turn = tuple[str, list[str | Document]]
 
 
 @dataclass(frozen=True, eq=False)
 class TextFormat:
-    """Splits a prompt into a system part, documents and a question part, and tokenises each by itself.
+    """Turns system text, documents and question into parts, and tokenises each by itself.
 
-    Chat models: their template is rendered once with sentinels where documents and question go, and split there.
-    Base models (no template): "system\\n\\n" documents "Question: ...\\nAnswer:".
+    Chat models: their template is rendered once with a mark where the documents go, and split there. Base models (no
+    template): "system\\n\\n" documents "Question: ...\\nAnswer:".
 
-    Special tokens are read in the template and in the system text alone: a document or a question that holds the text
-    of one ("<|eot_id|>") is ordinary text, and cannot end its turn or speak as somebody else."""
+    The template's own markers alone are control. A document, a question or a system text that holds one ("<|eot_id|>",
+    "<think>") is ordinary text, and cannot end its turn or speak as somebody else."""
 
     tokenizer: Any
-    head: str  # text before the documents
-    middle: str  # between documents and question
-    tail: str  # after the question
-    bos: bool  # whether BOS goes in front (templates write their own)
+    system: str
+    ordinary: Ordinary
+    known: Memo = field(default_factory=Memo)
+    folded: bool = False  # the template has no place for a system text: it begins the user's message
 
     @classmethod
     def of(cls, tokenizer: Any, system: str | None = None) -> TextFormat:
-        """The format of a tokenizer: its chat template if it has one."""
-        system = DEFAULT_SYSTEM if system is None else system
-        if not getattr(tokenizer, "chat_template", None):
-            head = f"{system}\n\n" if system else ""
-            return cls(tokenizer, head, "Question: ", "\nAnswer:", bos=tokenizer.bos_token_id is not None)
-        head, _, rest = _render(tokenizer, system).partition(DOCUMENTS)
-        middle, _, tail = rest.partition(QUESTION)
-        return cls(tokenizer, head, middle, tail, bos=False)
+        """The format of a tokenizer. Raises ModelError if its prompts would not be what its own template gives."""
+        made = cls(tokenizer, DEFAULT_SYSTEM, Ordinary(tokenizer))
+        for folded in (False, True):
+            try:
+                made = replace(made, folded=folded)
+                made._prove()
+                made.told("")._prove()
+                return made if system is None else made.told(system)
+            except PromptError as error:
+                reason = error
+        raise ModelError(f"documents cannot be placed in this model's prompts: {reason}") from reason
 
-    def _ids(self, text: str, plain: bool = False) -> Tensor:
-        """Ids of one part; with `plain`, special tokens in it are ordinary text."""
-        with _encoding:
-            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-        return torch.tensor(ids, dtype=torch.long)
+    def told(self, system: str) -> TextFormat:
+        """The same format with another system text."""
+        return replace(self, system=system)
+
+    def _prove(self) -> None:
+        """Compare an example's parts with the whole, as the tokenizer itself reads it. Raises PromptError."""
+        example, question = Document(PROBE), "F  g?"
+        whole = self._spelled(self._asked(example.content, question))
+        if self.system not in whole:
+            raise PromptError("its chat template drops the system text.")
+        theirs = [*self._bos, *self.tokenizer.encode(whole, add_special_tokens=False)]
+        ours = torch.cat([self._system, self.document_ids(example), self.question_ids(question)]).tolist()
+        reads = [text_of(self.tokenizer, ids, everything=True) for ids in (theirs, ours)]
+        marks = [[i for i in ids if i in self.ordinary.spoken] for ids in (theirs, ours)]
+        if reads[0] != reads[1] or marks[0] != marks[1]:
+            at = next((n for n, (a, b) in enumerate(zip(*reads, strict=False)) if a != b), 0)
+            whole, alone = (read[max(0, at - 10) : at + 30] for read in reads)
+            raise PromptError(f"its template and tokenizer give {whole!r} for an example, its parts alone {alone!r}.")
 
     @functools.cached_property
-    def _special(self) -> Tensor:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return torch.tensor([i for i, token in added if token.special], dtype=torch.long)
+    def _template(self) -> str | None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        template = str(self.tokenizer.get_chat_template())
+        return PINNED + template if "strftime_now" in template else template
 
-    def _count_special(self, ids: Tensor) -> int:
-        return int(torch.isin(ids, self._special).sum())
+    @functools.cached_property
+    def _bos(self) -> list[int]:
+        """What stands in front of everything; templates write their own."""
+        bos = self.tokenizer.bos_token_id
+        return [] if self._template or bos is None else [bos]
+
+    @functools.cached_property
+    def _trims(self) -> bool:
+        """Whether the template cuts the white space off that a message begins with."""
+        return f"  {MARK}" not in self._spelled(self._asked(f"  {MARK}", "?"))
+
+    @functools.cached_property
+    def tail(self) -> str:
+        """What the template writes after the question."""
+        return self._spelled(self._asked(MARK)).partition(MARK)[2]
+
+    def _asked(self, *parts: str | Document) -> list[Turn]:
+        """The usual prompt: a system text; documents and, last, a question."""
+        *documents, question = parts
+        asked = question if self._template else f"Question: {question}\nAnswer:"
+        turns: list[Turn] = [("system", [self.system])] if self.system else []
+        return [*turns, ("user", [*documents, asked])]
+
+    def _spelled(self, turns: list[Turn], spell: Callable[[Any], str] = str) -> str:
+        """What the template makes of a chat whose parts are spelled so."""
+        if self.folded and [role for role, _ in turns[:2]] == ["system", "user"]:
+            turns = [("user", [*turns[0][1], "\n\n", *turns[1][1]]), *turns[2:]]
+        chat = [{"role": role, "content": "".join(map(spell, parts))} for role, parts in turns]
+        if self._template is None:
+            return "\n\n".join(message["content"] for message in chat)
+        try:
+            options = {"add_generation_prompt": True, "chat_template": self._template, **RENDER_OPTIONS}
+            return str(self.tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        except Exception as error:  # templates refuse with errors of many types
+            raise PromptError(f"its chat template fails: {error}") from error
+
+    def render(self, chat: Sequence[tuple[str, Sequence[str | Document]]]) -> list[Tensor | Document]:
+        """A prompt as ids (tokens,) and documents one after another, made of roles and what each says.
+
+        Documents may stand anywhere among the texts. Raises PromptError for chats that the template refuses."""
+        if unknown := {role for role, _ in chat}.difference(ROLES):
+            raise PromptError(f"unknown role {unknown.pop()!r:.40}. Roles: {', '.join(ROLES)}.")
+        ids, documents = self._parts([(role, list(parts)) for role, parts in chat])
+        turns = itertools.chain.from_iterable(itertools.zip_longest(ids, documents))
+        return [part for part in turns if part is not None and (isinstance(part, Document) or len(part))]
+
+    def _parts(self, turns: list[Turn]) -> tuple[list[Tensor], list[Document]]:
+        """The documents in their order, and the ids before, between and behind them."""
+        texts, documents = [part for _, parts in turns for part in parts if isinstance(part, str)], list[Document]()
+        free = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
+        slot, veil = next(free), {ord(first): next(free) for first in self.ordinary.firsts}
+
+        def spell(part: str | Document) -> str:
+            if isinstance(part, str):
+                return part.translate(veil)  # nothing in it is a marker now
+            documents.append(part)
+            return f"{slot}{len(documents) - 1}{slot}"
+
+        pieces = self._spelled(turns, spell).split(slot)
+        if sorted(pieces[1::2]) != sorted(map(str, range(len(documents)))):
+            raise PromptError("its chat template drops, repeats or changes documents.")
+        unveil, last = {ord(private): chr(first) for first, private in veil.items()}, len(documents)
+        ids = [self.ordinary.rendered(p, unveil, n == 0, n < last) for n, p in enumerate(pieces[::2])]
+        ids[0] = self._bos + ids[0]
+        return [torch.tensor(i, dtype=torch.long) for i in ids], [documents[int(n)] for n in pieces[1::2]]
+
+    @functools.cached_property
+    def _system(self) -> Tensor:
+        return self._parts(self._asked(Document(PROBE), "?"))[0][0]
 
     def system_ids(self) -> Tensor:
         """Everything before the documents, (tokens,)."""
-        ids = self._ids(self.head)
-        return torch.cat([torch.tensor([self.tokenizer.bos_token_id]), ids]) if self.bos else ids
-
-    def plain_ids(self, text: str) -> Tensor:
-        """Ids of a text by itself, special tokens in it read as ordinary text, (tokens,)."""
-        return self._ids(text, plain=True)
-
-    def title_length(self, document: Document) -> int:
-        """Tokens that a document's title line takes."""
-        return len(self.plain_ids(f"{document.title}\n")) if document.title else 0
-
-    def document_ids(self, document: Document) -> Tensor:
-        """One document alone: no BOS, no system text, (tokens,). Raises DocumentError when there is nothing to encode."""
-        name = document.id or document.title or "without a name"
-        if not isinstance(document.text, str) or not document.text.strip():
-            raise DocumentError(f"document {name} is empty. Leave it out, or give it a text.")
-        if not _is_unicode(document.content):
-            raise DocumentError(f"document {name} holds half of a surrogate pair: it was not decoded as what it is.")
-        return self._ids(document.content, plain=True)
+        return self._system
 
     def question_ids(self, question: str) -> Tensor:
         """The question and everything after it, (tokens,). Raises PromptError when it is empty."""
+        if not isinstance(question, str):
+            raise PromptError(f"the question must be a text, not {type(question).__name__}: chats are not served yet.")
         if not question.strip():
             raise PromptError("the question is empty.")
-        if not _is_unicode(question):
-            raise PromptError("the question holds half of a surrogate pair: it was not decoded as what it is.")
-        middle, tail = self._ids(self.middle), self._ids(self.tail)
-        whole = self._ids(f"{self.middle}{question}{self.tail}")
-        if self._count_special(whole) == self._count_special(middle) + self._count_special(tail):
-            return whole
-        return torch.cat([middle, self._ids(question, plain=True), tail])
+        return self._parts(self._asked(Document(PROBE), question))[0][1]
+
+    def documents(self, values: Iterable[object]) -> list[Document]:
+        """Documents, texts or {"text", "title", "id"} as a prompt's documents. Raises DocumentError.
+
+        The first loses the white space that it begins with, where the template cuts it off."""
+        documents = documents_of(values)
+        if documents and not documents[0].title and documents[0].text[:1].isspace() and self._trims:
+            documents[0] = replace(documents[0], text=documents[0].text.lstrip())
+        return documents
+
+    def document_ids(self, document: Document) -> Tensor:
+        """One document alone: no BOS, no system text, (tokens,); line ends are \\n, and blank lines around it left out.
+
+        Raises DocumentError when there is nothing to encode."""
+        name = f"document {document.id or document.title or 'without a name'}"
+        if not isinstance(document.text, str) or not document.text.strip():
+            raise DocumentError(f"{name} is empty. Leave it out, or give it a text.")
+        try:
+            ids = self.known.get(document.content, lambda: self.plain_ids(_clean(document.content)))
+        except PromptError as error:
+            raise DocumentError(f"{name}: {error}") from error
+        if not len(ids):
+            raise DocumentError(f"{name}: this model's tokenizer has no tokens for its text. Leave it out.")
+        return ids
+
+    def plain_ids(self, text: str) -> Tensor:
+        """Ids of a text by itself, special tokens in it read as ordinary text, (tokens,)."""
+        return torch.tensor(self.ordinary.ids(text), dtype=torch.long)
+
+    def title_length(self, document: Document) -> int:
+        """Tokens that a document's title line takes."""
+        return len(self.plain_ids(_clean(document.title))) if document.title else 0
 
     def sink(self) -> int | None:
         """BOS, or the token that serves as one."""
@@ -108,42 +210,12 @@ class TextFormat:
         added = self.tokenizer.get_added_vocab()
         return tuple(sorted(i for token, i in added.items() if "reserved" in token))
 
-    def decode(self, tokens: tuple[int, ...]) -> str:
-        """Text of generated tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens; a character that is cut off at the end is left out."""
+        written = Written(self.tokenizer)
+        return "".join(map(written.put, tokens))
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _render(tokenizer: Any, system: str) -> str:
-    """The prompt with sentinels; the system text goes into the user's message where a template has no place for it."""
-
-    def render(*messages: tuple[str, str]) -> str:
-        chat = [{"role": role, "content": content} for role, content in messages]
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **RENDER_OPTIONS))
-
-    user = DOCUMENTS + QUESTION
-    if system:
-        try:
-            rendered = render(("system", system), ("user", user))
-        except Exception:  # templates refuse system messages with errors of many types
-            rendered = ""
-        if system.strip() in rendered and _is_split(rendered):
-            return rendered
-        user = f"{system}\n\n{user}"
-    try:
-        rendered = render(("user", user))
-    except Exception as error:
-        raise ModelError(f"this tokenizer's chat template fails: {error}") from error
-    if not _is_split(rendered):
-        raise ModelError(
-            "this tokenizer's chat template drops, repeats or reorders the user's message: documents cannot be placed in it."
-        )
-    return rendered
-
-
-def _is_split(rendered: str) -> bool:
-    once = rendered.count(DOCUMENTS) == rendered.count(QUESTION) == 1
-    return once and rendered.index(DOCUMENTS) < rendered.index(QUESTION)
+def _clean(content: str) -> str:
+    """A document's content as it is tokenised: the same on every system, from files and from strings."""
+    return content.replace("\r\n", "\n").strip("\n") + "\n"

@@ -3,137 +3,156 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
-from kvilt.errors import PromptError
+from kvilt.errors import PromptError, did_you_mean
 from kvilt.model.model import Run
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-NOT_SERVED = {  # generation options that want another loop or another cache, and what leaves them off
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "penalty_alpha": (None, 0.0),
-    "dola_layers": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "guidance_scale": (None, 1.0),
-    "cache_implementation": (None, "dynamic"),
-    "max_length": (None,),
-}
+SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # from 0 to 1
+SAMPLING = ("temperature", "top_k", *SHARES)
+FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty", *SHARES)
+SWITCHES = ("do_sample", "renormalize_logits", "remove_invalid_values")
+IDS = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+SERVED = (  # every other option wants another loop, another cache or several rows per prompt
+    *("top_k", "stop_strings", "max_time", "min_new_tokens", "bad_words_ids", "sequence_bias"),
+    *(
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "watermarking_config",
+    ),
+    *(*FLOATS, *SWITCHES, *IDS),
+)
+OFF = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "use_cache": True}
+MOST = {"seed": 1 << 63} | dict.fromkeys(SHARES, 1)  # the largest value, where it is not 2 ** 31
 
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How to pick tokens and when to stop, checked before anything is computed."""
+    """How to pick tokens and when to stop, tried out before anything is computed."""
 
-    config: Any  # transformers' GenerationConfig
+    hf: Any  # the model, for transformers' preparations
+    config: GenerationConfig
+    stops: StoppingCriteriaList
     seed: int | None = None
 
     @classmethod
-    def of(cls, hf: Any, options: dict[str, Any]) -> Settings:
+    def of(cls, hf: Any, options: Mapping[str, Any], tokenizer: Any = None) -> Settings:
         """The model's own generation settings with the caller's on top; greedy unless sampling is asked for.
 
-        An option of sampling (temperature, top_p ...) asks for it; temperature 0 is greedy. Raises PromptError for
-        options that are unknown, that have bad values, or that need several rows per prompt (beam search)."""
-        config, options = copy.deepcopy(hf.generation_config), dict(options)
-        seed = options.pop("seed", None)
-        _check(options, config)
-        sample = options.pop("do_sample", None)
-        if sample is None:
-            sample = any(options.get(name) is not None for name in SAMPLING)
-        if not sample or options.get("temperature", 1.0) == 0:
-            sample, options = False, {k: v for k, v in options.items() if k not in SAMPLING}
-            vars(config).update(dict.fromkeys(SAMPLING))
-        vars(config).update(
-            {name: off[-1] for name, off in NOT_SERVED.items()}
-        )  # None: the model's own would come back
+        An option of sampling (temperature, top_p ...) asks for it; temperature 0 is greedy; stop strings need the tokenizer.
+        Raises PromptError for options that are unknown, that have bad values, or that need several rows per prompt."""
+        options, vocabulary = {n: v for n, v in options.items() if v is not None}, vocabulary_of(hf)
+        for name, value in options.items():
+            _check(name, value, vocabulary)
+        wanted = {name: getattr(hf.generation_config, name, None) for name in SERVED} | options
+        sample = bool(options.get("do_sample", any(n in options for n in SAMPLING)) and wanted["temperature"] != 0)
+        kept = {n: wanted[n] for n in SERVED if sample or n not in SAMPLING}
+        kept |= {n: float(v) for n, v in kept.items() if n in FLOATS and type(v) is int}
+        kept |= {"do_sample": sample, "stop_strings": None, "pad_token_id": 0}  # one row per prompt is never padded
+        bare = copy.copy(hf.get_base_model() if hasattr(hf, "get_base_model") else hf)  # adapters wrap `generate`
+        bare.generation_config = GenerationConfig()  # with the model's own, `generate` would fill what is None here
         try:
-            config.update(do_sample=bool(sample), **options)
-            return cls(config, None if seed is None else int(seed))
-        except (ValueError, TypeError) as error:
-            raise PromptError(f"these generation options do not work: {error}") from error
+            stop = wanted["stop_strings"] if tokenizer is not None else None
+            stops = StoppingCriteriaList([StopStringCriteria(tokenizer, stop)] if stop else [])
+            settings = cls(bare, GenerationConfig(**kept), stops, options.get("seed"))
+            if options:
+                run = cast(Run, SimpleNamespace(logits=torch.linspace(-1e4, 1e4, vocabulary)))
+                generate(run, torch.zeros(1, dtype=torch.long), 1, settings)
+        except Exception as error:  # transformers' checks raise errors of many types
+            raise PromptError(f"these generation options do not work: {str(error).partition(chr(10))[0]}") from error
+        return settings
 
-    def up_to(self, max_new_tokens: int) -> Any:
-        """The configuration for an answer of at most so many tokens."""
-        config = copy.deepcopy(self.config)
-        config.max_new_tokens = max_new_tokens
-        return config
+
+def vocabulary_of(hf: Any) -> int:
+    """How many tokens a model knows."""
+    return int(hf.get_input_embeddings().weight.shape[0])
 
 
-def _check(options: dict[str, Any], config: Any) -> None:
-    known = [name for name in vars(config) if not name.startswith("_")]
-    for name, value in options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, "seed"], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PromptError(f"unknown generation option {name!r}.{hint} See transformers' GenerationConfig.")
-        if name in NOT_SERVED and value not in NOT_SERVED[name]:
-            advice = (
-                "use max_new_tokens." if name == "max_length" else "one sequence is decoded, over the placed cache."
-            )
-            raise PromptError(f"generation option {name}={value!r} is not served: {advice}")
+def check_ids(what: str, ids: Any, vocabulary: int) -> None:
+    """Raise PromptError for ids, one or several, that no token has."""
+    for i in ids if isinstance(ids, list | tuple) else [ids]:
+        if type(i) is not int or not 0 <= i < vocabulary:
+            raise PromptError(f"{what}: {i!r:.40} is no token; ids are whole numbers below {vocabulary}.")
+
+
+def _check(name: str, value: Any, vocabulary: int) -> None:
+    """Raise PromptError for an option that is not served, or a value that transformers would not notice."""
+    known, said = [*vars(GenerationConfig()), "seed"], f"generation option {name}={value!r:.60}"
+    if name not in known or name.startswith("_"):
+        hint = did_you_mean(name, known)
+        raise PromptError(f"unknown generation option {name!r}.{hint} See transformers' GenerationConfig.")
+    if name in OFF and value == OFF[name]:
+        return
+    if name not in (*SERVED, "seed"):
+        instead = {"max_length": "use max_new_tokens", "min_length": "use min_new_tokens"}
+        advice = instead.get(name, "one sequence is decoded, over the placed cache")
+        raise PromptError(f"{said} is not served: {advice}.")
+    texts = [value] if isinstance(value, str) else value
+    if name == "stop_strings" and not (isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)):
+        raise PromptError(f"{said} must be a text or a list of texts.")
+    if name in IDS:
+        check_ids(said, value, vocabulary)
+    if isinstance(value, bool) != (name in SWITCHES):
+        raise PromptError(f"{said} must be {'True or False' if name in SWITCHES else 'a value'}.")
+    whole, most = name not in (*FLOATS, "max_time"), MOST.get(name, 1 << 31)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not (0 <= value <= most and isinstance(value, int if whole else int | float)):  # nor is NaN
+        raise PromptError(f"{said} must be a {'whole ' * whole}number from 0 to {most}.")
 
 
 def generate(
     run: Run,
     prompt: Tensor,  # (tokens,) ids of the whole prompt, for repetition penalties
-    max_new_tokens: int,
-    settings: Settings | None = None,
+    room: int,
+    settings: Settings,
     on_first: Callable[[], None] = lambda: None,
     streamer: Any = None,
-    tokenizer: Any = None,
-    **options: Any,
 ) -> tuple[int, ...]:
-    """Generate tokens after a plan that was run with room for them; greedy by default.
+    """Generate at most `room` tokens after a plan that was run with room for them; `streamer.put` gets every one."""
+    device, tokens = run.logits.device, list[int]()
+    ids = prompt[prompt >= 0][None].to(device)  # learned vectors have no id
+    seeded = None if settings.seed is None else torch.Generator(device).manual_seed(settings.seed)
+    config = copy.deepcopy(settings.config)
+    config.max_new_tokens = room
+    if config.min_new_tokens:
+        config.min_new_tokens = min(config.min_new_tokens, room)
 
-    `streamer.put` gets every token; `tokenizer` is needed for stop strings; `options` are used if there are no settings."""
-    model = run.model
-    settings = settings or Settings.of(model.hf, options)
-    config = settings.up_to(max_new_tokens)
-    seeded = None if settings.seed is None else torch.Generator(model.shape.device).manual_seed(settings.seed)
-    ids = prompt[prompt >= 0][None].to(model.shape.device)  # learned vectors have no id
-    length = ids.shape[1]
-
-    def loop(hf: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
-        scores = run.logits[None].to(input_ids.device)
+    def loop(hf: Any, ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+        scores = run.logits[None]
         while True:
-            token = _pick(logits_processor(input_ids, scores), bool(config.do_sample), seeded)
-            if input_ids.shape[1] == length:
+            token = _pick(logits_processor(ids, scores), bool(config.do_sample), seeded)
+            if not tokens:
                 on_first()
-            input_ids = torch.cat([input_ids, token], 1)
+            tokens.append(int(token))
+            ids = torch.cat([ids, token], 1)
             if streamer is not None:
                 streamer.put(token[0].cpu())
-            if bool(stopping_criteria(input_ids, None).all()):
-                return input_ids
+            if bool(stopping_criteria(ids, None).all()):
+                return ids
             scores = run.step(token)
 
-    stopping = _stop_strings(config, tokenizer)
     try:
-        out = model.hf.generate(
-            ids,
-            generation_config=config,
-            attention_mask=torch.ones_like(ids),
-            custom_generate=loop,
-            stopping_criteria=stopping,
-        )
+        options = {"custom_generate": loop, "stopping_criteria": settings.stops, "attention_mask": torch.ones_like(ids)}
+        settings.hf.generate(ids, generation_config=config, **options)
     finally:
         if streamer is not None:
             streamer.end()
-    return tuple(out[0, length:].tolist())
-
-
-def _stop_strings(config: Any, tokenizer: Any) -> StoppingCriteriaList:
-    """Taken out of the configuration: transformers passes no tokenizer on to a loop of one's own."""
-    if not config.stop_strings or tokenizer is None:
-        return StoppingCriteriaList()
-    strings, config.stop_strings = config.stop_strings, None
-    return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+    return tuple(tokens)
 
 
 def _pick(scores: Tensor, sample: bool, generator: torch.Generator | None) -> Tensor:

@@ -138,7 +138,7 @@ def _written(job: Job, wrapper: Wrapper, state: State) -> Wrapper:
     text, best = job.engine.text, state.best_fidelity
     metadata = {
         **wrapper.metadata,
-        "template": digest_of(text.head, text.middle, text.tail, str(text.bos)),
+        "template": digest_of(text.system_ids(), text.tail),
         "tokenizer": job.engine.model.tokenizer_digest,
         "vectors": json.dumps({name: len(v) for name, v in state.best.items()}),
         "config": json.dumps(asdict(job.config)),
