@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvilt.lab.train.data import Source
-from kvilt.lab.train.job import Progress
 from kvilt.lab.train.kinds import MIXTURE, source, weighted
 from kvilt.lab.train.kvlink import KVLinkConfig, train_kvlink
+from kvilt.lab.train.loop import Progress
 
 SYSTEMS = (  # several, so that the links do not depend on one
     "Answer the question from the documents.",

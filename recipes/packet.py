@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvilt.engine.engine import Engine
-from kvilt.lab.train.job import PacketConfig, Progress
 from kvilt.lab.train.kinds import source
-from kvilt.lab.train.packet import train_packet
+from kvilt.lab.train.loop import Progress
+from kvilt.lab.train.packet import PacketConfig, train_packet
 
 # Steps are epochs * samples / 64 of the authors' configurations; learning rates are theirs for Llama-3.1-8B.
 RECIPES = {

@@ -160,7 +160,7 @@ def values(cls: type, options: Mapping[str, str], what: str) -> dict[str, object
     return {key: _converted(value, known[key], f"{key} of {what}") for key, value in options.items()}
 
 
-def _made(kind: str, spec: str, cls: type, *parts: object, **options: object) -> object:
+def _made(kind: str, spec: str, cls: type, /, *parts: object, **options: object) -> object:
     try:
         return cls(*parts, **options)
     except (TypeError, ValueError, OverflowError) as error:

@@ -42,7 +42,7 @@ class FakeEngine:
     def encode(self, documents):
         self.calls.append(("encode", self.strategy.name))
 
-    def answer(self, question, documents, *, max_new_tokens=64, allow_empty=False, draft=()):
+    def answer(self, question, documents, *, through, max_new_tokens=64, allow_empty=False):
         self.calls.append(("answer", self.strategy.name, question))
         if self.fail_after is not None and sum(c[0] == "answer" for c in self.calls) > self.fail_after:
             raise KeyboardInterrupt
@@ -56,8 +56,14 @@ class FakeEngine:
         usage = Usage(
             computed_tokens=10 * len(documents) + 5, charged=0.5 if self.strategy.name == "lossy" else 1.0, ttft_s=0.25
         )
-        drafted = self._logits(draft) if draft else None
-        return Answer(word, tokens, usage, repr(self.strategy), drafted=drafted)
+        logits = self._logits(tokens)
+        run = through(
+            SimpleNamespace(
+                model=None, placed=SimpleNamespace(capacity=99, length=9), logits=logits[0], peek=self._logits
+            )
+        )
+        run.given, run.seconds = [row[None] for row in logits], 0.0
+        return Answer(word, tokens, usage, repr(self.strategy))
 
     def score(self, question, documents, continuation, *, allow_empty=False):
         self.calls.append(("score", self.strategy.name, question))

@@ -17,7 +17,7 @@ from kvilt.errors import DocumentError, PromptError, UserError
 from kvilt.lab.evaluate import calibrate as module
 from kvilt.lab.evaluate.calibrate import app, asked, calibrate, descend, made_up
 from kvilt.plan import ContextScaling, Segment
-from kvilt.stores.memory import MemoryStore
+from kvilt.registry import build
 from kvilt.strategies.ape import Ape, ApeProfile
 from kvilt.strategies.full import FullRecompute
 from kvilt.types import Document
@@ -33,7 +33,7 @@ DOCUMENTS = [Document(text, title=name, id=name) for name, text in TEXTS.items()
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(zoo.model_of("llama"), TextFormat.of(zoo.tokenizer()), FullRecompute(), MemoryStore())
+    return Engine(zoo.model_of("llama"), TextFormat.of(zoo.tokenizer()), FullRecompute(), build("store", "memory"))
 
 
 def test_the_search_finds_the_valley_and_stays_when_nothing_is_better() -> None:

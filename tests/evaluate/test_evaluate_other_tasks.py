@@ -59,7 +59,7 @@ def test_multinews_modes(tmp_path):
 def test_summaries_need_rows_and_texts(tmp_path):
     with pytest.raises(UserError, match="found 4 rows for 20 examples"):
         samples(f"multinews:path={data.jsonl(tmp_path / 'dev.jsonl', data.NEWS)},shots=20")
-    with pytest.raises(DocumentError, match=r"line 1: samsum needs a text in the field 'dialogue', found None"):
+    with pytest.raises(DocumentError, match=r":1: samsum needs a text in the field 'dialogue', found None"):
         samples(f"samsum:path={data.jsonl(tmp_path / 'test.jsonl', [{'summary': 'x'}])}")
 
 

@@ -149,15 +149,15 @@ def test_missing_path():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": ', r"line 2: not valid JSON"),
-        ("[1, 2]", r"line 2: expected an object with named fields, found list"),
-        ('{"question": "q", "docs": []}', r"line 2: not in the layout of qa: field 'answers' is missing"),
-        ('{"question": "q", "docs": 3, "answers": []}', r"line 2: not in the layout of qa"),
-        ('{"question": "q", "answers": [], "docs": [{"text": "x"}]}', r"line 2: no answer to score"),
-        ('{"question": " ", "answers": ["a"], "docs": [{"text": "x"}]}', r"line 2: the question is empty"),
-        ('{"question": "q", "answers": ["a"], "docs": [{"text": " "}]}', r"line 2: all documents are empty"),
-        ('{"question": "q", "answers": ["a"], "docs": []}', r"line 2: all documents are empty"),
-        ('{"question": "q", "answers": ["a"]}', r"line 2: not in the layout of qa: field 'docs' is missing"),
+        ('{"id": ', r":2 is not JSON"),
+        ("[1, 2]", r":2 is list, not a JSON object"),
+        ('{"question": "q", "docs": []}', r":2: not in the layout of qa: field 'answers' is missing"),
+        ('{"question": "q", "docs": 3, "answers": []}', r":2: not in the layout of qa"),
+        ('{"question": "q", "answers": [], "docs": [{"text": "x"}]}', r":2: no answer to score"),
+        ('{"question": " ", "answers": ["a"], "docs": [{"text": "x"}]}', r":2: the question is empty"),
+        ('{"question": "q", "answers": ["a"], "docs": [{"text": " "}]}', r":2: all documents are empty"),
+        ('{"question": "q", "answers": ["a"], "docs": []}', r":2: all documents are empty"),
+        ('{"question": "q", "answers": ["a"]}', r":2: not in the layout of qa: field 'docs' is missing"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

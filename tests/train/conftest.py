@@ -17,4 +17,4 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """A tiny random model."""
-    return kit.engine()
+    return kit.shared()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import train_kit as kit
 
-from kvilt.errors import TrainError
+from kvilt.errors import DocumentError, TrainError, UserError
 from kvilt.lab.train import kinds
 from kvilt.lab.train.data import (
     HELD_OUT_SPLITS,
@@ -75,19 +75,19 @@ def test_rows_that_cannot_be_used_name_their_line(tmp_path, row, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no samples"), ("{bad", "a.jsonl:1: not a JSON"), ("[1]", "found list")]
+    ("text", "message"), [("", "no samples"), ("{bad", "a.jsonl:1 is not JSON"), ("[1]", "is list, not a JSON object")]
 )
 def test_files_that_are_no_data(tmp_path, text, message):
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(TrainError, match=message):
+    with pytest.raises(UserError, match=message):
         read(tmp_path / "a.jsonl")
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(TrainError, match="cannot read"):
+    with pytest.raises(DocumentError, match="cannot be read"):
         read(tmp_path / "none.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b no gzip")
-    with pytest.raises(TrainError, match="cannot read"):
+    with pytest.raises(DocumentError, match="cannot be read"):
         read(tmp_path / "b.jsonl.gz")
 
 

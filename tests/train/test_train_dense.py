@@ -8,13 +8,14 @@ import pytest
 import torch
 import train_kit as kit
 
+import zoo
 from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError
 from kvilt.lab.train.data import Further, Sample
-from kvilt.lab.train.dense import IGNORE, additive, collate, frozen, logits_of, merged, parts_of, row_of
-from kvilt.lab.train.hf import inputs_of, loss_of
-from kvilt.lab.train.losses import Tally, TopK, cross_entropy, divergence
+from kvilt.lab.train.dense import COMPUTED, ENCODED, IGNORE, additive, collate, logits_of, merged, parts_of, row_of
+from kvilt.lab.train.losses import TopK, cross_entropy, divergence, fidelity, objective, tally
 from kvilt.lab.train.teacher import FULL, Teacher, generate
+from kvilt.lab.train.trained import LowRank, Vectors, Weights, optimizers, projections, training
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.kvlink import KVLink, LinkTokens
@@ -83,7 +84,7 @@ def test_questions_about_the_same_documents_share_one_pass_and_do_not_see_each_o
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", list(strategies()))
 def test_training_pass_equals_serving(family, name):
-    made, strategy = kit.engine(family=family), strategies()[name]
+    made, strategy = kit.shared(family), strategies()[name]
     samples = kit.samples(3)
     answers = [torch.arange(100, 100 + n) for n in (5, 1, 3)]
     served = serving(made, strategy)
@@ -104,38 +105,42 @@ def test_tail_plans_are_suffixes(engine):
     assert not parts.plan(strategies()["slots"]).is_suffix
 
 
-def test_what_the_trainer_of_kvlink_feeds_equals_serving(engine):
-    strategy, samples = strategies()["kvlink"], kit.samples(2)
-    answers = [torch.arange(100, 104), torch.arange(100, 102)]
-    rows = [row_of(strategy, parts_of(engine.text, s), a) for s, a in zip(samples, answers, strict=True)]
-    batch = inputs_of(rows, numbers=True)
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        loss = loss_of(engine.model.hf(**batch), labels)
-    served = serving(engine, strategy)
-    scores = [served.score(s.question, s.documents, a.tolist()) for s, a in zip(samples, answers, strict=True)]
-    expected = torch.cat(
-        [torch.nn.functional.cross_entropy(x, a, reduction="none") for x, a in zip(scores, answers, strict=True)]
-    )
-    torch.testing.assert_close(loss, expected.mean(), rtol=1e-4, atol=1e-4)
-
-
 def test_plain_text_is_ordinary_language_modelling(engine):
     from kvilt.lab.train.kinds import text
 
     parts = parts_of(engine.text, text({"text": "Once upon a time"}, "here"))
-    rows = [
-        row_of(strategies()["kvlink"], parts, parts.answer),
-        row_of(strategies()["kvlink"], parts, parts.answer[:6]),
-    ]
-    batch = inputs_of(rows)
-    labels = batch.pop("labels")
+    rows = [row_of(strategies()["kvlink"], parts, parts.answer[:n]) for n in (None, 6)]
+    batch = collate(rows)
     with torch.no_grad():
-        loss = loss_of(engine.model.hf(**batch), labels)
+        loss = objective(Weights(engine.model).logits(batch), batch.labels, None)
         logits = engine.model.hf(input_ids=rows[0].tokens[None]).logits[0]
     first = torch.nn.functional.cross_entropy(logits, rows[0].labels, reduction="sum")
     second = torch.nn.functional.cross_entropy(logits[:6], rows[1].labels, reduction="sum")
-    torch.testing.assert_close(loss, (first + second) / int((labels != IGNORE).sum()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, first + second, rtol=1e-4, atol=1e-4)
+
+
+def test_markers_of_control_in_an_answer_are_ordinary_text(engine):
+    """Danger: a model learns to end its turn, or to speak as somebody else, because an answer quotes a marker."""
+    (sample,) = kit.samples(1)
+    ids = parts_of(engine.text, replace(sample, answers=("say <|user|>",))).answer.tolist()
+    assert ids[-1] == zoo.SPECIAL.index("</s>")
+    assert all(i >= len(zoo.SPECIAL) for i in ids[:-1])
+
+
+def test_roles_tell_documents_from_what_is_computed(engine):
+    """Danger: a writer's adapter acts on the system part or the question, or a query's on the documents."""
+    strategy, parts = strategies()["slots"], parts_of(engine.text, kit.samples(1)[0])
+    row = row_of(strategy, parts, torch.arange(100, 103))
+    assert row.roles[: len(parts.system)].eq(0).all()
+    encoded = row.tokens[row.roles == ENCODED]
+    own = encoded[encoded >= 0]  # without header and trailer
+    assert torch.equal(own, torch.cat(parts.documents))
+    assert torch.equal(row.roles == COMPUTED, ~torch.isin(torch.arange(len(row.tokens)), (row.roles < 2).nonzero()))
+    asked = row.tokens[row.roles == COMPUTED]
+    assert torch.equal(asked[asked >= 0], torch.cat([parts.question, torch.arange(100, 102)]))
+    together = merged([row, row_of(strategy, parts, torch.arange(100, 105))])
+    assert together.roles.tolist().count(ENCODED) == row.roles.tolist().count(ENCODED)
+    assert collate([row, together]).roles[0, -len(row.roles) :].equal(row.roles)
 
 
 def test_padding_sees_itself_and_changes_nothing(engine):
@@ -173,10 +178,10 @@ def saved_bytes(engine, checkpointing: bool) -> int:
 
     strategy = strategies()["kv_packet"]
     rows = [row_of(strategy, parts_of(engine.text, s), torch.arange(100, 103)) for s in kit.samples(4)]
-    table = strategy.encoding.learned.clone().requires_grad_()
     weights = {p.untyped_storage().data_ptr() for p in engine.model.hf.parameters()}
-    with frozen(engine.model, checkpointing), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        logits_of(engine.model, collate(rows), table).sum()
+    trained = Vectors(engine.model, {"vectors": strategy.encoding.learned})
+    with training(trained, checkpointing), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        trained.logits(collate(rows)).sum()
     return sum(size for pointer, size in seen.items() if pointer not in weights)
 
 
@@ -186,19 +191,79 @@ def test_activation_checkpointing_saves_memory_and_changes_no_gradient(engine):
     for checkpointing in (False, True):
         strategy = strategies()["slots"]
         row = row_of(strategy, parts_of(engine.text, kit.samples(1)[0]), torch.arange(100, 103))
-        table = strategy.encoding.learned.clone().requires_grad_()
-        with frozen(engine.model, checkpointing):
-            logits_of(engine.model, collate([row]), table).square().mean().backward()
-        gradients.append(table.grad)
+        trained = Vectors(engine.model, {"vectors": strategy.encoding.learned})
+        with training(trained, checkpointing):
+            trained.logits(collate([row])).square().mean().backward()
+            gradients.append(trained.parameters["vectors"].grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1])
-    assert all(p.requires_grad for p in engine.model.hf.parameters())
+    assert all(p.requires_grad and p.grad is None for p in engine.model.hf.parameters())
     assert not engine.model.hf.training
+
+
+@pytest.mark.parametrize("where", ["all", "encoded", "computed"])
+def test_low_rank_additions_act_where_they_should_and_nowhere_else(where):
+    """Danger: a frozen reader is adapted, too, or stored documents depend on an adapter of queries."""
+    made = kit.engine()
+    strategy, parts = KVLink(0), parts_of(made.text, kit.samples(1)[0])
+    row = row_of(strategy, parts, torch.arange(100, 103))
+    seen = {}
+    adapted = LowRank(made.model, 2, only=("q_proj", "v_proj") if where != "computed" else ("q_proj",), where=where)
+    projection = made.model.hf.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, inputs, output: seen.update(q=output))
+    assert {n.rpartition(".")[2] for n in adapted.parameters} == {"A", "B"}
+    with torch.no_grad():
+        before = adapted.logits(collate([row]))
+        plain = seen["q"].clone()
+        for name, value in adapted.parameters.items():
+            if name.endswith("B"):
+                value.normal_()
+        after = adapted.logits(collate([row]))
+    assert not torch.allclose(before, after)
+    wanted = {"all": row.roles >= 0, "encoded": row.roles == ENCODED, "computed": row.roles == COMPUTED}[where]
+    changed = (seen["q"] - plain).abs().amax(-1)[0] > 0
+    assert seen["q"].shape == plain.shape
+    assert torch.equal(changed, wanted)
+
+
+def test_low_rank_additions_and_token_rows_merge_into_what_was_trained():
+    """Danger: the merged model is another one than the one that was trained; or learned rows of tokens are lost."""
+    made = kit.engine()
+    strategy, parts = strategies()["kvlink"], parts_of(made.text, kit.samples(1)[0])
+    batch = collate([row_of(strategy, parts, torch.arange(100, 103))])
+    untouched = made.model.hf.get_input_embeddings().weight.clone()
+    adapted = LowRank(made.model, 3, ids=sorted(TOKENS.every))
+    with training(adapted), torch.no_grad():
+        for value in adapted.parameters.values():
+            value.normal_(std=0.05)
+        trained = adapted.logits(batch)
+    adapted.merge()
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(made.model, batch), trained, rtol=1e-3, atol=1e-3)
+    still = [i for i in range(len(untouched)) if i not in TOKENS.every]
+    assert torch.equal(made.model.hf.get_input_embeddings().weight[still], untouched[still])
+
+
+def test_muon_divides_the_parameters(monkeypatch):
+    """Danger: embeddings or rows of them are made orthogonal, or a parameter has no optimiser or two."""
+    made = kit.engine()
+    for trained in (Weights(made.model), LowRank(made.model, 2, ids=[5, 6])):
+        adamw, muon = optimizers("muon", trained, 1e-3)
+        held = [{id(p) for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
+        assert held[0] | held[1] == {id(p) for p in trained.parameters.values()}
+        assert not held[0] & held[1]
+    assert held[0] == {id(trained.parameters["rows"])}
+    inside = projections(made.model.hf)
+    assert len(inside) == 4 * 7
+    assert "lm_head" not in inside
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(TrainError, match=r"torch 2\.9"):
+        optimizers("muon", trained, 1e-3)
 
 
 def test_top_k_approaches_the_full_divergence_from_below():
     teacher, student = 4 * torch.randn(2, 5, 300), 4 * torch.randn(2, 5, 300)
     valid = torch.ones(2, 5, dtype=torch.bool)
-    full = float(divergence(student, teacher, valid))
+    full = float((teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum())
     close = [float(divergence(student, TopK.of(teacher, k), valid)) for k in (1, 8, 64, 300)]
     assert close == sorted(close)
     assert close[-1] == pytest.approx(full, rel=1e-5)
@@ -224,16 +289,22 @@ def test_losses_ignore_what_is_padded():
     )
 
 
-def test_fidelity_of_the_teacher_itself_is_perfect():
-    logits, tally = torch.randn(2, 3, 9), Tally()
-    tally.add(logits, logits, torch.ones(2, 3, dtype=torch.bool))
-    assert tally.result().kl == pytest.approx(0, abs=1e-6)
-    assert (tally.result().agreement, tally.result().same_answers) == (1, 1)
+def test_fidelity():
+    """Danger: a student that is its teacher does not look like it, or padding counts."""
+    logits, labels = torch.randn(2, 3, 9), torch.tensor([[IGNORE, 1, 2], [3, 4, 5]])
+    same = fidelity(tally(logits, labels, TopK.of(logits, 9)))
+    assert same.loss == pytest.approx(0, abs=1e-6)
+    assert (same.agreement, same.same_answers) == (1, 1)
+    sure = 50.0 * torch.nn.functional.one_hot(labels.clamp(min=0), 9).float()
+    sure[1, 2] = sure[1, 2].roll(1)
+    told = fidelity(tally(sure, labels, None))
+    assert told.loss == pytest.approx(50 / 5, rel=1e-3)
+    assert (told.agreement, told.same_answers) == (0.8, 0.5)
 
 
 @pytest.mark.parametrize("family", ["llama", "glm-interleaved"])
 def test_teacher_decodes_as_the_engine_does(family):
-    made = kit.engine(family=family)
+    made = kit.shared(family)
     samples = kit.samples(3)
     prompts = [row_of(FULL, parts_of(made.text, s), torch.empty(0, dtype=torch.long)) for s in samples]
     full = made.with_strategy("full")
@@ -250,12 +321,25 @@ def test_teacher_stops_at_the_end_of_text():
     assert stopped[0].tolist() == free[0].tolist()[: free[0].tolist().index(int(free[0][2])) + 1]
 
 
-def test_targets_are_kept_on_disk(engine, tmp_path, monkeypatch):
-    prompts = [parts_of(engine.text, s) for s in kit.samples(3)]
-    first = Teacher(engine.model, tmp_path, 4, 8).targets(prompts)
-    monkeypatch.setattr(Teacher, "_answer", lambda *_: pytest.fail("asked again"))
-    again = Teacher(engine.model, tmp_path, 4, 8).targets(prompts)
-    assert all(torch.equal(a.answer, b.answer) for a, b in zip(first, again, strict=True))
-    top = first[0].top()
-    assert top.ids[:, 0].tolist() == first[0].answer.tolist()
-    torch.testing.assert_close(top.logp.exp().sum(-1) + top.rest.exp(), torch.ones(len(top.ids)))
+@pytest.mark.parametrize("own", [True, False])
+def test_targets_are_kept_on_disk_whatever_they_were_asked_with(engine, tmp_path, monkeypatch, own):
+    """Danger: prompts that were answered are asked again in a longer run, or get another prompt's answer."""
+    prompts = [parts_of(engine.text, s) for s in kit.samples(5)]
+    heard = []
+    first = Teacher(engine.model, tmp_path, 4, 8, own).targets(prompts[:3], lambda *p: heard.append(p))
+    assert heard[0][0] == 0
+    assert heard[-1][0] == heard[-1][1] == sum(p.size for p in prompts[:3])
+    asked, real = [], Teacher._answer
+    monkeypatch.setattr(Teacher, "_answer", lambda self, some: (asked.extend(some.values()), real(self, some)))
+    again = Teacher(engine.model, tmp_path, 4, 8, own).targets(prompts[::-1], lambda *_: None)[::-1]
+    assert {p.digest for p in asked} == {p.digest for p in prompts[3:]}
+    assert all(torch.equal(a.answer, b.answer) for a, b in zip(first, again, strict=False))
+    for target, parts in zip(again, prompts, strict=True):
+        top = target.top()
+        if own:
+            assert top.ids[:, 0].tolist() == target.answer.tolist()
+        else:
+            assert torch.equal(target.answer, parts.answer[:4])
+        logits = logits_of(engine.model, collate([row_of(FULL, parts, target.answer)]))[0]
+        torch.testing.assert_close(top.logp, TopK.of(logits, 8).logp, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(top.logp.exp().sum(-1) + top.rest.exp(), torch.ones(len(top.ids)))

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import train_kit as kit
 
 from kvilt.errors import TrainError, WrapperError
-from kvilt.lab.train import packet as trainer
 from kvilt.lab.train.data import Sample, Source
-from kvilt.lab.train.losses import Fidelity
+from kvilt.lab.train.loop import Loop
 from kvilt.lab.train.packet import train_packet
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document
@@ -36,16 +31,13 @@ def train(engine, out, samples=None, tests=None, on_progress=lambda _: None, **s
         {},
         {"links": 2},
         {"links": 2, "layout": "tail"},
-        {"top_k": 0},
-        {"loss": "ce"},
-        {"loss": "ce", "answers": "data"},
-        {"checkpointing": True},
+        {"loss": "ce", "answers": "data", "checkpointing": True},
     ],
     ids=str,
 )
 def test_only_vectors_are_trained(engine, tmp_path, settings):
     before = {n: p.clone() for n, p in engine.model.hf.named_parameters()}
-    made = train(engine, tmp_path, **settings)
+    made = train(engine, tmp_path, steps=2, **settings)
     assert kit.same(before, dict(engine.model.hf.named_parameters()))
     assert all(p.grad is None and p.requires_grad for p in engine.model.hf.parameters())
     assert len(vectors(made)) == (3 if settings.get("links") else 2)
@@ -54,18 +46,17 @@ def test_only_vectors_are_trained(engine, tmp_path, settings):
 
 def test_loss_falls_and_the_best_step_is_written(engine, tmp_path):
     seen = []
-    made = train(engine, tmp_path, steps=40, evaluate_every=10, batch=6, on_progress=seen.append)
+    made = train(engine, tmp_path, steps=20, evaluate_every=10, on_progress=seen.append)
     history = json.loads(made.metadata["history"])
-    assert sum(history["losses"][-6:]) < 0.6 * sum(history["losses"][:6])
-    best = min(history["held_out"], key=lambda entry: entry[1]["kl"])
+    assert sum(history["losses"][-4:]) < 0.7 * sum(history["losses"][:4])
+    best = min(history["held_out"], key=lambda entry: entry[1]["loss"])
     assert json.loads(made.metadata["best"])["step"] == best[0] > 0
-    assert {p.stage for p in seen} == {"questions", "teacher", "train"}
-    assert seen[-1].step == 40
-    assert isinstance(seen[-1].held_out, Fidelity)
+    assert [*dict.fromkeys(p.stage for p in seen)] == ["questions", "teacher", "train"]
 
 
 def test_the_wrapper_says_where_it_comes_from(engine, tmp_path):
-    made = Wrapper.load(train(engine, tmp_path, links=2).metadata and tmp_path / "wrapper.safetensors")
+    train(engine, tmp_path, links=2, steps=2)
+    made = Wrapper.load(tmp_path / "wrapper.safetensors")
     assert made.model == engine.model.digest
     assert json.loads(made.metadata["vectors"]) == {"header": 2, "trailer": 2, "links": 2}
     assert json.loads(made.metadata["config"])["links"] == 2
@@ -73,7 +64,7 @@ def test_the_wrapper_says_where_it_comes_from(engine, tmp_path):
 
 
 def test_a_trained_wrapper_is_served(engine, tmp_path):
-    train(engine, tmp_path, links=2, layout="tail")
+    train(engine, tmp_path, links=2, layout="tail", steps=1)
     file = tmp_path / "wrapper.safetensors"
     served = engine.with_strategy(f"linked_packet:wrapper={file}")
     assert served.strategy.layout == "tail"
@@ -87,74 +78,14 @@ def test_a_trained_wrapper_is_served(engine, tmp_path):
 
 
 def test_links_alone_can_be_trained_onto_a_wrapper(engine, tmp_path):
-    first = train(engine, tmp_path / "a")
+    first = train(engine, tmp_path / "a", steps=2)
     start = str(tmp_path / "a" / "wrapper.safetensors")
-    made = train(engine, tmp_path / "b", links=2, start=start, links_only=True)
+    made = train(engine, tmp_path / "b", links=2, start=start, links_only=True, steps=2)
     assert torch.equal(made.header, first.header)
     assert torch.equal(made.trailer, first.trailer)
     assert made.encoding().digest == first.encoding().digest  # stored documents stay valid
-    both = train(engine, tmp_path / "c", links=2, start=start, steps=4)
+    both = train(engine, tmp_path / "c", links=2, start=start, steps=2)
     assert not torch.equal(both.header, first.header)
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("killed.py")), "packet", str(tmp_path / "killed")]
-    died = subprocess.run(command, capture_output=True, timeout=100)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert not (tmp_path / "killed" / "wrapper.safetensors").exists()
-    steps = []
-    resumed = train(kit.engine(), tmp_path / "killed", on_progress=lambda p: steps.append((p.stage, p.step)))
-    whole = train(kit.engine(), tmp_path / "whole")
-    assert ("train", 5) in steps
-    assert ("train", 4) not in steps
-    assert kit.same(vectors(resumed), vectors(whole))
-    assert resumed.metadata["history"] == whole.metadata["history"]
-
-
-def test_a_finished_run_only_hands_over_its_result(engine, tmp_path, monkeypatch):
-    first = train(engine, tmp_path)
-    monkeypatch.setattr(trainer, "_step", lambda *_: pytest.fail("trained again"))
-    assert kit.same(vectors(train(engine, tmp_path)), vectors(first))
-
-
-def test_a_folder_of_another_run_is_refused(engine, tmp_path):
-    train(engine, tmp_path)
-    with pytest.raises(TrainError, match="another model, data or settings"):
-        train(engine, tmp_path, lr=0.1)
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"broken")
-    with pytest.raises(TrainError, match="not a readable checkpoint"):
-        train(engine, tmp_path)
-
-
-def test_early_stopping_keeps_the_best(engine, tmp_path, monkeypatch):
-    results = iter([5.0, 3.0, 1.0, 2.0, 4.0, 9.0])
-    kept = {}
-
-    def evaluate(job, strategy, state):
-        kl = next(results)
-        kept[kl] = {k: v.detach().clone() for k, v in state.vectors.items()}
-        return Fidelity(kl, 0.0, 0.0)
-
-    monkeypatch.setattr(trainer, "_evaluate", evaluate)
-    made = train(engine, tmp_path, steps=40, patience=2)
-    assert json.loads(made.metadata["best"])["step"] == 4
-    assert kit.same(vectors(made), kept[1.0])
-    assert len(json.loads(made.metadata["history"])["losses"]) == 8
-
-
-def test_a_broken_loss_stops_and_keeps_the_last_good_step(tmp_path, monkeypatch):
-    engine, real = kit.engine(), trainer._losses
-    calls = []
-
-    def breaking(*arguments):
-        calls.append(1)
-        return real(*arguments) * (float("nan") if len(calls) > 6 else 1.0)
-
-    monkeypatch.setattr(trainer, "_losses", breaking)
-    with pytest.raises(TrainError, match=r"step 4: .* holds step 3"):
-        train(engine, tmp_path)
-    monkeypatch.setattr(trainer, "_losses", real)
-    assert kit.same(vectors(train(engine, tmp_path)), vectors(train(kit.engine(), tmp_path / "whole")))
 
 
 def test_a_model_with_broken_weights_is_refused(tmp_path):
@@ -169,11 +100,12 @@ def test_questions_are_asked_by_the_model_and_kept(engine, tmp_path):
     bare = [replace(s, question="", gold=()) for s in kit.samples()] + [
         Sample((Document(f"single {i}"),)) for i in range(6)
     ]
-    train(engine, tmp_path, bare)
-    asked = (tmp_path / "questions-0.jsonl").read_text()
+    train(engine, tmp_path, bare, steps=1)
+    memo = tmp_path / "training" / "questions-0.jsonl"
+    asked = memo.read_text()
     assert len(asked.splitlines()) == 14
-    (tmp_path / "questions-0.jsonl").write_text(asked + '{"sample": "cut off')
-    train(engine, tmp_path, bare)
+    memo.write_text(asked + '{"sample": "cut off')
+    train(engine, tmp_path, bare, steps=1)
 
 
 def test_a_silent_model_is_an_error(engine, tmp_path, monkeypatch):
@@ -184,7 +116,7 @@ def test_a_silent_model_is_an_error(engine, tmp_path, monkeypatch):
 
 def test_mixtures(engine, tmp_path):
     several = [Source(tuple(kit.samples(8)), 3.0, "a"), Source(tuple(kit.samples(12, 2)), 1.0, "b")]
-    assert json.loads(train(engine, tmp_path, several).metadata["data"]).keys() == {"a", "b", "held-out"}
+    assert json.loads(train(engine, tmp_path, several, steps=1).metadata["data"]).keys() == {"a", "b", "held-out"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +129,7 @@ def test_mixtures(engine, tmp_path):
     ],
 )
 def test_bad_samples_are_refused_before_training(engine, tmp_path, monkeypatch, change, settings, message):
-    monkeypatch.setattr(trainer, "_train", lambda job: pytest.fail("trained"))
+    monkeypatch.setattr(Loop, "train", lambda loop: pytest.fail("trained"))
     bad = [replace(s, **change) if i == 0 else s for i, s in enumerate(kit.samples())]
     with pytest.raises(TrainError, match=message):
         train(engine, tmp_path, bad, tests=kit.samples(12)[8:], **settings)
@@ -216,6 +148,8 @@ def test_bad_samples_are_refused_before_training(engine, tmp_path, monkeypatch, 
         {"patience": 0},
         {"lr": -1.0},
         {"lr": float("nan")},
+        {"top_k": 0},
+        {"schedule": "step"},
         {"held_out": 1.5},
     ],
     ids=str,
@@ -235,7 +169,7 @@ def test_wrong_splits(engine, tmp_path):
 
 
 def test_wrappers_of_another_size_or_model_are_refused(engine, tmp_path):
-    train(engine, tmp_path / "a", links=2)
+    train(engine, tmp_path / "a", links=2, steps=1)
     start = str(tmp_path / "a" / "wrapper.safetensors")
     with pytest.raises(WrapperError, match="header=2 and trailer=2, not 3"):
         train(engine, tmp_path / "b", start=start, header=3)
@@ -253,7 +187,7 @@ def test_wrappers_of_another_size_or_model_are_refused(engine, tmp_path):
 
 
 def test_linked_packet_needs_link_vectors(engine, tmp_path):
-    train(engine, tmp_path)
+    train(engine, tmp_path, steps=1)
     with pytest.raises(WrapperError, match="no link vectors"):
         engine.with_strategy(f"linked_packet:wrapper={tmp_path / 'wrapper.safetensors'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -148,7 +148,8 @@ class Engine:
         return self._told[system]
 
     def encode(self, documents: Iterable[Any], **options: Any) -> EncodeReport:
-        """Encode and store documents ahead of any question (`Encoder.encode` has the options)."""
+        """Encode and store documents, and the system part, ahead of any question (`Encoder.encode` has the options)."""
+        self._fetch([], {})
         return self.encoder.encode(documents_of(documents), **options)
 
     def answer(
@@ -160,25 +161,27 @@ class Engine:
         max_new_tokens: int = 128,
         allow_empty: bool = False,
         streamer: Any = None,
+        through: Callable[[Run], Run] = lambda run: run,
         **sampling: Any,
     ) -> Answer:
         """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
 
         A document may be a text or {"text", "title", "id"}; `system` is another system text for this answer.
-        `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked.
+        `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked. What is
+        decoded goes `through` something that may know the next steps already (the evaluation does).
         Raises PromptError before anything is computed where question or options cannot be served."""
         if system is not None:
             given = {"max_new_tokens": max_new_tokens, "allow_empty": allow_empty, "streamer": streamer, **sampling}
-            return self.with_system(system).answer(question, documents, **given)
+            return self.with_system(system).answer(question, documents, through=through, **given)
         clock, lost = Clock(), dict[str, bool]()
         settings = Settings.of(self.model.hf, sampling, self.text.tokenizer)
         while True:
             try:
                 ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
                 room = self._room(ready.plan.end, max_new_tokens)
-                with self.model.run(ready.plan, room) as run:
+                with self.model.run(ready.plan, room) as computed:
                     clock.lap("run")
-                    prompt = torch.cat([s.tokens for s in ready.plan.segments])
+                    run, prompt = through(computed), torch.cat([s.tokens for s in ready.plan.segments])
                     tokens = generate(run, prompt, room, settings, clock.mark_first, streamer)
                     clock.lap("decode")
                     usage = self._usage(ready, run, clock, len(tokens), sum(lost.values()))

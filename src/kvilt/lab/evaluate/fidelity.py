@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,37 @@ from torch import Tensor
 
 from kvilt.errors import ModelError
 from kvilt.lab.evaluate.metrics import normalise
+from kvilt.model.model import Run
+
+
+class Following(Run):
+    """A run that knows its next steps as long as the answer follows a draft, which is run in one pass first.
+
+    What an answer is does not change. `scores` (draft, vocab) predict the draft's tokens, `given` are the logits of every
+    step that was taken, and `seconds` is what the draft took."""
+
+    def __init__(self, run: Run, draft: Sequence[int] = ()) -> None:
+        super().__init__(run.model, run.placed, run.logits)
+        began, room = time.perf_counter(), run.placed.capacity - run.placed.length
+        self.draft = list(draft[:room])
+        ahead = [run.peek(torch.tensor(self.draft[:-1]))] if len(self.draft) > 1 else []
+        self.scores = torch.cat([run.logits[None], *ahead])
+        self.given, self._at, self._left = [run.logits[None]], 0, not ahead
+        self.seconds = (
+            time.perf_counter() - began if bool(self.scores.isfinite().any()) else 0.0
+        )  # a CUDA device is done
+
+    def step(self, token: Tensor) -> Tensor:
+        """Append one token (1, 1); logits of the next, (1, vocab) float32."""
+        if not self._left and self._at + 1 < len(self.draft) and int(token) == self.draft[self._at]:
+            self._at += 1
+            row = self.scores[self._at : self._at + 1]
+        else:
+            if not self._left:
+                self.placed.advance(self._at)
+            self._left, row = True, super().step(token)
+        self.given.append(row)
+        return row
 
 
 def divergence(full: Tensor, strategy: Tensor) -> float:

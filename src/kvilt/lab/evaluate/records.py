@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvilt.errors import UserError
+from kvilt.rows.files import json_object, text_lines
 from kvilt.types import digest_of
 
 FORMAT = 1
@@ -68,11 +69,8 @@ _REMEDY = "Use another output folder, or delete the file to start again."
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The header and the records of a file; a torn last line is left out."""
-    rows = [
-        _parse(line, f"{path}, line {number}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1)
-        if line.endswith("\n")
-    ]
+    lines = enumerate(text_lines(path), 1)
+    rows = [json_object(line, f"{path}:{number}") for number, line in lines if line.endswith("\n")]
     if not rows or rows[0].get("format") != FORMAT:
         raise UserError(
             f"{path} is no record file of this version: its first line must be a header with format {FORMAT}."
@@ -84,16 +82,6 @@ def slug(text: str, longest: int = 80) -> str:
     """A text as a part of a file name; what is cut off a long one is kept as a digest."""
     name = re.sub(r"[^\w.-]+", "_", text).strip("_")
     return name if len(name) <= longest else f"{name[: longest - 9]}-{digest_of(text)[:8]}"
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}). Delete the line to run its sample again.") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a record, found {type(row).__name__}. Delete the line.")
-    return row
 
 
 def _drop_torn_line(path: Path) -> None:

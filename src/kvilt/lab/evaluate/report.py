@@ -23,6 +23,7 @@ _COLUMNS = (
     "strategy",
     "{metric} [95 %]",
     "− full [95 %]",
+    "kept %",
     "agreement %",
     "first token %",
     "KL",
@@ -123,11 +124,12 @@ def _section(task: str, rows: Sequence[Rows], by: str | None) -> str:
 
 
 def _cells(rows: Rows, full: Rows | None) -> list[str]:
-    own = rows is not full
+    pair = None if full is None or rows is full else common(rows, full)
     return [
         rows.header["name"],
         _scored(rows.score()),
-        _against(rows, full) if own and full is not None else "",
+        _against(*pair) if pair else "",
+        _number(retention(*pair), 1) if pair else "",
         _number(_times(rows.mean("agreement"), 100), 1),
         _number(_times(rows.mean("first_token"), 100), 1),
         _number(rows.mean("kl"), 4),
@@ -138,16 +140,25 @@ def _cells(rows: Rows, full: Rows | None) -> list[str]:
     ]
 
 
-def _against(rows: Rows, full: Rows) -> str:
-    """The difference to full recompute on the samples that both have."""
-    reference = {r["id"]: r for r in full.records}
-    both = [r for r in rows.records if r["id"] in reference and reference[r["id"]]["prompt"] == r["prompt"]]
-    if not both:
-        return ""
-    mine = Rows(rows.header, both).pairs(rows.headline)
-    theirs = Rows(full.header, [reference[r["id"]] for r in both]).pairs(rows.headline)
-    found = _percent(difference(mine, theirs, [r["group"] for r in both]))
-    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+def common(rows: Rows, full: Rows) -> tuple[Rows, Rows] | None:
+    """The records of both on the samples that both have, in one order; None where there are none."""
+    theirs = {r["id"]: r for r in full.records}
+    both = [r for r in rows.records if r["id"] in theirs and theirs[r["id"]]["prompt"] == r["prompt"]]
+    return (Rows(rows.header, both), Rows(full.header, [theirs[r["id"]] for r in both])) if both else None
+
+
+def _against(mine: Rows, theirs: Rows) -> str:
+    """The paired difference to full recompute."""
+    groups = [r["group"] for r in mine.records]
+    gap = _percent(difference(mine.pairs(mine.headline), theirs.pairs(mine.headline), groups))
+    return f"{gap.value:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]"
+
+
+def retention(mine: Rows, theirs: Rows) -> float | None:
+    """Of the samples that full recompute has right (half of the headline's points, or more), the per cent kept right."""
+    pairs = zip(mine.pairs(mine.headline), theirs.pairs(mine.headline), strict=True)
+    kept = [2 * a >= b for (a, b), (c, d) in pairs if d and 2 * c >= d]
+    return 100 * statistics.fmean(kept) if kept else None
 
 
 def _split_table(rows: Sequence[Rows], by: str) -> str:

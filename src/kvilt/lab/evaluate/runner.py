@@ -9,7 +9,6 @@ in `out_dir`; a second call with the same settings goes on where the first one s
 
 from __future__ import annotations
 
-import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 import kvilt
@@ -27,6 +27,7 @@ from kvilt.errors import UserError
 from kvilt.lab.evaluate import fidelity, metrics
 from kvilt.lab.evaluate.records import RecordFile, slug
 from kvilt.lab.evaluate.tasks.base import Sample, Task
+from kvilt.model.model import Run
 from kvilt.types import Answer, Usage, digest_of
 
 
@@ -151,29 +152,45 @@ def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]
 def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]:
     """Answer one sample in every lane that lacks it; the first lane is full recompute, which the others are held to."""
     prompt = digest_of(sample.question, *(part for d in sample.documents for part in (d.title or "", d.text)))[:16]
-    score = functools.cache(lambda: _score(lanes[0], sample, lanes[0].records.done[sample.id]["tokens"]))
+    reference = lanes[0]
+    scores: Tensor | None = None  # full recompute's over its own answer, (tokens, vocab)
     for lane in lanes:
         if not lane.records.finished(sample.id, prompt):
             try:
-                answer = _answer(lane, sample, task, lanes[0])
-                close = _closeness(lane, sample, task, answer, lanes[0], score)
+                if lane is reference:
+                    answer, run = _answer(lane, sample, task)
+                    scores, close = torch.cat(run.given), {"agreement": True, "first_token": True, "kl": 0.0}
+                else:
+                    full = reference.records.done[sample.id]
+                    if scores is None:
+                        scores = reference.engine.score(sample.question, sample.documents, full["tokens"])
+                    answer, run = _answer(lane, sample, task, full)
+                    close = _closeness(task, answer, full, run.scores, scores)
             except UserError as error:
                 raise UserError(f"{task.NAME}, sample {sample.id}, {lane.label}: {error}") from error
             lane.records.append({**_record(lane, sample, task, answer), "prompt": prompt, **close})
         yield lane
 
 
-def _answer(lane: Lane, sample: Sample, task: Task, reference: Lane) -> Answer:
-    """The answer with every document at hand: what encoding costs is not part of a query."""
-    draft = reference.records.done[sample.id]["tokens"] if lane is not reference else ()
-    if lane.role == "floor":
-        answer = lane.engine.answer(
-            sample.question, [], max_new_tokens=task.max_new_tokens, allow_empty=True, draft=draft
-        )
-        return replace(answer, usage=_of_full(answer.usage, reference.records.done[sample.id], lane.engine))
+def _answer(
+    lane: Lane, sample: Sample, task: Task, full: dict[str, Any] | None = None
+) -> tuple[Answer, fidelity.Following]:
+    """The answer with every document at hand (what encoding costs is not part of a query), and the run behind it."""
+    runs: list[fidelity.Following] = []
+
+    def through(run: Run) -> Run:
+        runs.append(fidelity.Following(run, full["tokens"] if full else ()))
+        return runs[-1]
+
+    documents = [] if lane.role == "floor" else list(sample.documents)
     if lane.role == "strategy" and lane.engine.strategy.encoding is not None:
-        lane.engine.encode(sample.documents)
-    return lane.engine.answer(sample.question, sample.documents, max_new_tokens=task.max_new_tokens, draft=draft)
+        lane.engine.encode(documents)
+    options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "allow_empty": lane.role == "floor"}
+    answer = lane.engine.answer(sample.question, documents, through=through, **options)
+    usage = replace(answer.usage, ttft_s=answer.usage.ttft_s - runs[-1].seconds)
+    if lane.role == "floor" and full:
+        usage = _of_full(usage, full, lane.engine)
+    return replace(answer, usage=usage), runs[-1]
 
 
 def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
@@ -183,23 +200,12 @@ def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
     return replace(usage, charged=mine * (linear + (mine + 1) / 2) / (whole * (linear + (whole + 1) / 2)))
 
 
-def _score(lane: Lane, sample: Sample, tokens: Sequence[int]) -> Tensor:
-    """Full recompute's logits over its own answer, (tokens, vocab)."""
-    return lane.engine.score(sample.question, sample.documents, tokens)
-
-
-def _closeness(
-    lane: Lane, sample: Sample, task: Task, answer: Answer, reference: Lane, score: Callable[[], Tensor]
-) -> dict[str, Any]:
-    """Fidelity to full recompute on the same prompt."""
-    if lane is reference:
-        return {"agreement": True, "first_token": True, "kl": 0.0}
-    full = reference.records.done[sample.id]
-    divergence = None if answer.drafted is None else fidelity.divergence(score()[: len(answer.drafted)], answer.drafted)
+def _closeness(task: Task, answer: Answer, full: dict[str, Any], scores: Tensor, wanted: Tensor) -> dict[str, Any]:
+    """Fidelity to full recompute on the same prompt; both logits are over full recompute's answer."""
     return {
         "agreement": fidelity.same_text(task.extract(full["text"]), task.extract(answer.text)),
         "first_token": fidelity.same_first_token(full["tokens"], answer.tokens),
-        "kl": divergence,
+        "kl": fidelity.divergence(wanted[: len(scores)], scores),
     }
 
 

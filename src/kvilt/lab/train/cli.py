@@ -18,7 +18,8 @@ from kvilt.errors import TrainError
 
 if TYPE_CHECKING:
     from kvilt.lab.train.data import Sample, Source
-    from kvilt.lab.train.job import PacketConfig, Progress
+    from kvilt.lab.train.loop import Progress
+    from kvilt.lab.train.packet import PacketConfig
 
 app = typer.Typer(
     help="Train vectors for a frozen model (packet, linked-packet), or the model itself (kvlink).",
@@ -48,7 +49,7 @@ def packet(
     dtype: DType = "auto", device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train KV Packet's header and trailer; writes OUT/wrapper.safetensors."""
-    from kvilt.lab.train.job import PacketConfig
+    from kvilt.lab.train.packet import PacketConfig
 
     _wrapper((model, dtype, device, system), data, held_out, _configured(PacketConfig(), setting), out, as_json)
 
@@ -59,7 +60,7 @@ def linked_packet(
     dtype: DType = "auto", device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Train header, trailer and link vectors; writes OUT/wrapper.safetensors."""
-    from kvilt.lab.train.job import PacketConfig
+    from kvilt.lab.train.packet import PacketConfig
 
     _wrapper((model, dtype, device, system), data, held_out, _configured(PacketConfig(links=4), setting), out, as_json)
 
@@ -137,15 +138,21 @@ class _Meter:
 
     def __init__(self) -> None:
         self.began = self.spoke = time.monotonic()
-        self.end = "\r" if sys.stderr.isatty() else "\n"
+        self.end, self.stage = "\r" if sys.stderr.isatty() else "\n", ""
 
     def __call__(self, p: Progress) -> None:
         """Hear of a step."""
         now, last = time.monotonic(), p.step == p.steps
-        if not last and self.end == "\n" and now - self.spoke < LINE_SECONDS:
+        if p.stage == self.stage and not last and self.end == "\n" and now - self.spoke < LINE_SECONDS:
             return
-        self.spoke = now
+        self.spoke, self.stage = now, p.stage
+        left = "" if p.left != p.left else f", about {_duration(p.left)} left"
         loss = "" if p.loss != p.loss else f" loss {p.loss:.4f}"
         held_out = "" if p.held_out is None else f" | held out: {p.held_out} (best step {p.best_step})"
-        line = f"{p.stage} {p.step}/{p.steps} {now - self.began:.0f}s{loss}{held_out}"
+        line = f"{p.stage} {p.step:,}/{p.steps:,} after {_duration(now - self.began)}{left}{loss}{held_out}"
         print(f"{line:<100}", end="\n" if last else self.end, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kvilt.errors import TrainError
+from kvilt.rows.files import json_lines, text_lines
 from kvilt.types import Document, digest_of
 
 TRAIN_SPLITS, HELD_OUT_SPLITS = ("train", "training"), ("train", "training", "dev", "validation", "valid", "eval")
@@ -84,27 +82,6 @@ class Pick:
 Loader = Callable[[dict[str, Any], str], Sample]
 
 
-def objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a JSONL file, gzipped or not. Raises TrainError naming the line that cannot be read."""
-    path, number = Path(path), 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}:{number}", _object(line)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise TrainError(f"cannot read {path}: {error}.") from error
-    except (ValueError, TypeError) as error:
-        raise TrainError(f"{path}:{number}: not a JSON object: {error}.") from error
-
-
-def _object(line: str) -> dict[str, Any]:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise TypeError(f"found {type(row).__name__}")
-    return row
-
-
 def check_split(row: dict[str, Any], where: str, allowed: Sequence[str]) -> None:
     """Raise TrainError for a row that says it belongs to a split that must not be trained on."""
     split = str(row.get("split", "train")).lower()
@@ -148,8 +125,8 @@ def _further(raw: Any, count: int, ordered: bool, where: str) -> Further:
 def answers_of(row: dict[str, Any]) -> tuple[str, ...]:
     """The row's answers that are not empty, best first."""
     raw = row.get("answers", row.get("answer"))
-    found = raw if isinstance(raw, list) else [] if raw is None else [raw]
-    return tuple(str(a) for a in found if str(a).strip())
+    listed = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    return tuple(str(a) for a in listed if str(a).strip())
 
 
 def _document(raw: object, where: str) -> Document:
@@ -165,9 +142,9 @@ def _document(raw: object, where: str) -> Document:
 
 
 def read(path: str | Path, loader: Loader = qa_sample, allowed: Sequence[str] = TRAIN_SPLITS) -> tuple[Sample, ...]:
-    """All samples of a JSONL file. Raises TrainError for an empty file or a row that cannot be used."""
+    """All samples of a JSONL file, gzipped or not. Raises UserError for an empty file or a row that cannot be used."""
     samples = []
-    for where, row in objects(path):
+    for where, row in json_lines(text_lines(Path(path)), str(path)):
         check_split(row, where, allowed)
         samples.append(loader(row, where))
     if not samples:
@@ -177,14 +154,13 @@ def read(path: str | Path, loader: Loader = qa_sample, allowed: Sequence[str] = 
 
 def sources_of(samples: Sequence[Sample] | Sequence[Source]) -> tuple[Source, ...]:
     """Samples as one source. Raises TrainError when there is nothing to train on."""
-    sources = tuple(s for s in samples if isinstance(s, Source))
     plain = tuple(s for s in samples if isinstance(s, Sample))
-    found = (*sources, *([Source(plain)] if plain else []))
-    if not found or not all(s.samples for s in found):
+    every = (*(s for s in samples if isinstance(s, Source)), *([Source(plain)] if plain else []))
+    if not every or not all(s.samples for s in every):
         raise TrainError("no samples to train on: give at least one.")
-    if any(s.weight < 0 for s in found):
+    if any(s.weight < 0 for s in every):
         raise TrainError("the weight of a source must not be negative.")
-    return found
+    return every
 
 
 def split_held_out(sources: Sequence[Source], share: float, seed: int) -> tuple[tuple[Source, ...], tuple[Sample, ...]]:
@@ -203,6 +179,13 @@ def split_held_out(sources: Sequence[Source], share: float, seed: int) -> tuple[
         held += [s for s in source.samples if s.digest in aside]
         kept.append(replace(source, samples=tuple(s for s in source.samples if s.digest not in aside)))
     return tuple(kept), tuple(held)
+
+
+def aside(held_out: Sequence[Sample], most: int) -> Source:
+    """At most so many of the held-out samples. Raises TrainError when there are none."""
+    if not held_out:
+        raise TrainError("the held-out split is empty: early stopping needs some samples that are not trained on.")
+    return Source(tuple(held_out[:: max(1, -(-len(held_out) // most))]), name="held-out")
 
 
 def check_disjoint(sources: Sequence[Source], held_out: Sequence[Sample]) -> None:

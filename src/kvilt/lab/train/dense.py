@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvilt.engine.text import TextFormat
 from kvilt.errors import TrainError
@@ -25,14 +21,14 @@ from kvilt.strategies.full import FullRecompute
 from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, digest_of
 
 IGNORE = -100
+ENCODED, COMPUTED = 1, 2  # rows of documents encoded alone, and rows computed in the prompt; 0: the system part
 NOWHERE = CacheKey("", "", "", "", "", "", "")  # caches that are only planned have no address
 
 
 def planned(ids: Tensor, encoding: Encoding) -> DocumentCache:
     """The cache that encoding `ids` (tokens,) would give, without its keys and values."""
-    return replace(
-        encoding.cache(ids, NOWHERE), rows=TensorRows(torch.zeros(0, 2, 0, 0, 0))
-    )  # plans only ask whether there are any
+    nothing = TensorRows(torch.zeros(0, 2, 0, 0, 0))  # plans only ask whether there are any
+    return replace(encoding.cache(ids, NOWHERE), rows=nothing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +40,11 @@ class Parts:
     question: Tensor
     answer: Tensor  # the data's own answer and EOS; empty without one
     sample: Sample
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt and of the data's answer."""
+        return sum(map(len, (self.system, *self.documents, self.question, self.answer)))
 
     @property
     def digest(self) -> str:
@@ -88,11 +89,10 @@ def parts_of(text: TextFormat, sample: Sample) -> Parts:
 
 
 def answer_ids(text: TextFormat, answer: str) -> Tensor:
-    """An answer as the model would generate it, EOS included, (tokens,)."""
+    """An answer as the model would generate it, EOS included, (tokens,); markers of control in it are ordinary text."""
     gap = " " if text.tail.endswith(":") else ""  # "Answer:" of base models is followed by a space
-    ids = text.tokenizer.encode(gap + answer, add_special_tokens=False)
     end = [] if text.tokenizer.eos_token_id is None else [text.tokenizer.eos_token_id]
-    return torch.tensor([*ids, *end], dtype=torch.long)
+    return torch.cat([text.plain_ids(gap + answer), torch.tensor(end, dtype=torch.long)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,7 @@ class Row:
     positions: Tensor  # (rows,)
     mask: Tensor  # (rows, rows) bool
     labels: Tensor  # (last,) int64, IGNORE where nothing is learned; empty to predict one token freely
+    roles: Tensor | None = None  # (rows,) int64: ENCODED, COMPUTED or 0; none: all 0
 
 
 def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
@@ -115,12 +116,15 @@ def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
         forced = Segment(answer[:-1], plan.end, name="answer")
         plan = replace(plan, segments=(*plan.segments, forced))
     dense = plan.dense()
-    return Row(dense.tokens, dense.positions, dense.mask, answer)
+    roles = torch.full_like(dense.tokens, ENCODED)
+    roles[: len(parts.system)] = 0
+    roles[dense.computed] = COMPUTED
+    return Row(dense.tokens, dense.positions, dense.mask, answer, roles)
 
 
 def _plain(ids: Tensor) -> Row:
     places = torch.arange(len(ids) - 1)
-    return Row(ids[:-1], places, places[None] <= places[:, None], ids[1:])
+    return Row(ids[:-1], places, places[None] <= places[:, None], ids[1:], torch.full_like(places, COMPUTED))
 
 
 def merged(rows: Sequence[Row]) -> Row:
@@ -135,12 +139,17 @@ def merged(rows: Sequence[Row]) -> Row:
         mask[at : at + size, :cut] = row.mask[cut:, :cut]
         mask[at : at + size, at : at + size] = row.mask[cut:, cut:]
         at += size
-    return Row(
-        torch.cat([base.tokens, *(row.tokens[cut:] for row, cut in zip(others, cuts, strict=True))]),
-        torch.cat([base.positions, *(row.positions[cut:] for row, cut in zip(others, cuts, strict=True))]),
-        mask,
-        torch.cat([base.labels, *(_left(r.labels, size, IGNORE) for r, size in zip(others, sizes, strict=True))]),
-    )
+
+    def joined(column: Callable[[Row], Tensor]) -> Tensor:
+        return torch.cat([column(base), *(column(row)[cut:] for row, cut in zip(others, cuts, strict=True))])
+
+    labels = [_left(row.labels, size, IGNORE) for row, size in zip(others, sizes, strict=True)]
+    columns = joined(lambda row: row.tokens), joined(lambda row: row.positions)
+    return Row(*columns, mask, torch.cat([base.labels, *labels]), joined(_roles))
+
+
+def _roles(row: Row) -> Tensor:
+    return torch.zeros_like(row.tokens) if row.roles is None else row.roles
 
 
 def _alike(a: Row, b: Row) -> int:
@@ -158,6 +167,7 @@ class Batch:
     positions: Tensor  # (batch, rows)
     mask: Tensor  # (batch, 1, rows, rows) bool
     labels: Tensor  # (batch, answer), IGNORE where a shorter answer has nothing to predict
+    roles: Tensor  # (batch, rows)
 
     @property
     def keep(self) -> int:
@@ -177,6 +187,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         torch.stack([_left(r.positions, longest, 0) for r in rows]),
         mask,
         torch.stack([_left(r.labels, answer, IGNORE) for r in rows]),
+        torch.stack([_left(_roles(r), longest, 0) for r in rows]),
     )
 
 
@@ -200,22 +211,3 @@ def logits_of(model: Model, batch: Batch, learned: Tensor | None = None) -> Tens
         logits_to_keep=batch.keep,
     )
     return torch.as_tensor(out.logits).float()
-
-
-@contextmanager
-def frozen(model: Model, checkpointing: bool = False) -> Iterator[None]:
-    """No weight of the model takes gradients inside; with `checkpointing` layers are recomputed in the backward pass.
-
-    transformers' own switch acts in training mode only, where dropout acts too: layers are wrapped directly instead."""
-    flags = [(p, p.requires_grad) for p in model.hf.parameters()]
-    layers = [m for m in model.hf.modules() if checkpointing and isinstance(m, GradientCheckpointingLayer)]
-    model.hf.requires_grad_(False)
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for layer in layers:
-            del layer.forward

@@ -1,4 +1,4 @@
-"""Distances between student and teacher, summed over the tokens of an answer."""
+"""What is learned: the teacher's distribution at every token of an answer, or the answer's own tokens."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class TopK:
         rest = [F.pad(t.rest, (n, 0)) for t, n in zip(several, missing, strict=True)]
         return cls(torch.stack(ids), torch.stack(logp), torch.stack(rest))
 
+    def to(self, device: torch.device) -> TopK:
+        """The same on another device."""
+        return TopK(self.ids.to(device), self.logp.to(device), self.rest.to(device))
+
 
 def rest_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of all tokens but `ids` together, (...,); exact also when it is tiny."""
@@ -42,17 +46,12 @@ def rest_of(logits: Tensor, ids: Tensor) -> Tensor:
     return others.logsumexp(-1) - logits.float().logsumexp(-1)
 
 
-def divergence(student: Tensor, teacher: Tensor | TopK, valid: Tensor) -> Tensor:
-    """Sum over valid places of KL(teacher || student) in nats, both (batch, tokens, vocab) logits.
+def divergence(student: Tensor, teacher: TopK, valid: Tensor) -> Tensor:
+    """Sum over valid places of KL(teacher || student) in nats, from (batch, tokens, vocab) logits of the student.
 
-    From the top k the tokens outside it count as one: never more than the full divergence."""
-    if isinstance(teacher, TopK):
-        logp = torch.cat([teacher.logp, teacher.rest[..., None]], -1)
-        logq = torch.cat(
-            [student.log_softmax(-1).gather(-1, teacher.ids), rest_of(student, teacher.ids)[..., None]], -1
-        )
-    else:
-        logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    The tokens outside the teacher's top k count as one: never more than the full divergence."""
+    logp = torch.cat([teacher.logp, teacher.rest[..., None]], -1)
+    logq = torch.cat([student.log_softmax(-1).gather(-1, teacher.ids), rest_of(student, teacher.ids)[..., None]], -1)
     p = logp.exp()
     terms = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
     return torch.where(valid, terms, 0.0).sum()
@@ -63,38 +62,34 @@ def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def objective(student: Tensor, labels: Tensor, teacher: TopK | None) -> Tensor:
+    """What a training makes small, summed over the labels: KL to the teacher, or without one cross-entropy."""
+    if teacher is None:
+        return cross_entropy(student, labels)
+    return divergence(student, teacher, labels != IGNORE)
+
+
 @dataclass(frozen=True)
 class Fidelity:
-    """How close the student comes to its teacher on held-out answers."""
+    """How close held-out answers come to what is learned."""
 
-    kl: float  # nats per token
-    agreement: float  # share of tokens that both find most likely
-    same_answers: float  # share of answers whose tokens all agree: greedy decoding gives the same text
+    loss: float  # nats per token: KL to the teacher, or cross-entropy on the data's answers
+    agreement: float  # share of tokens that the student, too, finds most likely
+    same_answers: float  # share of samples in which all do: greedy decoding gives the same text
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.4f}, tokens agree {self.agreement:.1%}, same answers {self.same_answers:.1%}"
+        return f"loss {self.loss:.4f}, tokens agree {self.agreement:.1%}, same answers {self.same_answers:.1%}"
 
 
-@dataclass
-class Tally:
-    """Adds up fidelity over batches."""
+def tally(student: Tensor, labels: Tensor, teacher: TopK | None) -> Tensor:
+    """A batch's sums for `fidelity`: loss, tokens, tokens agreed, samples, samples alike, (5,) float64."""
+    valid, wanted = labels != IGNORE, labels if teacher is None else teacher.ids[..., 0]
+    equal = (student.argmax(-1) == wanted) | ~valid
+    counts = [valid.sum(), (equal & valid).sum(), torch.tensor(len(valid)), equal.all(-1).sum()]
+    return torch.stack([objective(student, labels, teacher).cpu(), *(c.cpu() for c in counts)]).double()
 
-    kl: float = 0.0
-    tokens: int = 0
-    agreed: int = 0
-    answers: int = 0
-    same: int = 0
 
-    def add(self, student: Tensor, teacher: Tensor | TopK, valid: Tensor) -> None:
-        """Count one batch."""
-        best = teacher.ids[..., 0] if isinstance(teacher, TopK) else teacher.argmax(-1)
-        equal = (student.argmax(-1) == best) | ~valid
-        self.kl += float(divergence(student, teacher, valid))
-        self.tokens += int(valid.sum())
-        self.agreed += int((equal & valid).sum())
-        self.answers += len(valid)
-        self.same += int(equal.all(-1).sum())
-
-    def result(self) -> Fidelity:
-        """The means."""
-        return Fidelity(self.kl / self.tokens, self.agreed / self.tokens, self.same / self.answers)
+def fidelity(sums: Tensor) -> Fidelity:
+    """The means of added up `tally`s."""
+    loss, tokens, agreed, samples, same = sums.tolist()
+    return Fidelity(loss / tokens, agreed / tokens, same / samples)

@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kvilt.engine.engine import Engine
-from kvilt.errors import TrainError
-from kvilt.lab.train import state as checkpoints
-from kvilt.lab.train.data import Pick, Sample, Source, sources_of
-from kvilt.lab.train.dense import IGNORE, collate, frozen, logits_of, row_of
-from kvilt.lab.train.job import Job, PacketConfig, Progress, Report, check, initial, prepare, student
-from kvilt.lab.train.losses import Fidelity, Tally, TopK, cross_entropy, divergence
-from kvilt.lab.train.state import State
-from kvilt.lab.train.teacher import FULL
+from kvilt.errors import TrainError, WrapperError
+from kvilt.lab.train import checkpoint
+from kvilt.lab.train.data import Pick, Sample, Source, aside, check_disjoint, draw, schedule, sources_of, split_held_out
+from kvilt.lab.train.dense import Parts, parts_of, row_of
+from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings, pace
+from kvilt.lab.train.questions import with_questions
+from kvilt.lab.train.teacher import Target, Teacher
+from kvilt.lab.train.trained import Vectors
 from kvilt.strategies.kv_packet import KVPacket
+from kvilt.strategies.linked_packet import LAYOUTS, LinkedPacket
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import digest_of
 
-WRAPPER, CHECKPOINT = "wrapper.safetensors", "checkpoint.safetensors"
+WRAPPER, TRAINING = "wrapper.safetensors", "training"  # the result, and a folder that may go once it is there
+
+
+@dataclass(frozen=True)
+class PacketConfig(Settings):
+    """Settings of a wrapper's training; the defaults are the paper's where it names any."""
+
+    header: int = 8  # learned vectors before a document
+    trailer: int = 8  # and after it
+    links: int = 0  # soft link vectors, computed at query time: linked_packet instead of kv_packet
+    layout: str = "slots"  # of the link vectors: after every document, or "tail": after the last
+    start: str = ""  # a trained wrapper to start from
+    links_only: bool = False  # keep its header and trailer: stored documents stay valid
+    loss: str = "kl"  # kl to the teacher's distributions, or ce on the answers
+    answers: str = "teacher"  # the teacher's own greedy answers, or "data": the data's
+    top_k: int = 64  # tokens of the teacher's distributions that are kept; the rest count as one
+    answer_tokens: int = 64  # longest answer
+    lr: float = 0.0  # 0: a twentieth of the embedding matrix's standard deviation (5e-4 for Llama-3.1-8B)
+    views: int = 4  # draws of document order and count per sample
+    fewest: int = 1  # documents of a draw at least; 0: always all
+
+    def wrong(self) -> dict[str, bool]:
+        """What may be wrong, and whether it is."""
+        vectors = (self.header, self.trailer, self.links)
+        return {
+            **super().wrong(),
+            "header, trailer, links": min(vectors) < 0 or sum(vectors) == 0,
+            "layout": self.layout not in LAYOUTS,
+            "loss": self.loss not in ("kl", "ce"),
+            "answers": self.answers not in ("teacher", "data"),
+            "links_only": self.links_only and not (self.start and self.links),
+            "views, top_k, answer_tokens, fewest": min(self.views, self.top_k, self.answer_tokens, self.fewest + 1) < 1,
+        }
 
 
 def train_packet(
@@ -37,115 +70,138 @@ def train_packet(
 ) -> Wrapper:
     """Train header, trailer (and link) vectors for a frozen model; OUT/wrapper.safetensors gets the best held-out step.
 
-    Run again with the same arguments, it goes on from its last checkpoint and ends with the same vectors. Raises
-    TrainError for bad data or settings before anything is trained, and when the loss is no longer a number."""
-    check(config)
-    job = prepare(engine, sources_of(samples), config, Path(out), held_out, on_progress)
-    with frozen(engine.model, config.checkpointing):
-        return _train(job)
+    Run again with the same arguments, it goes on from its last checkpoint and ends with the same vectors; with more
+    `steps` it goes on beyond its end. Raises TrainError for bad data or settings before anything is trained, and when the
+    loss is no longer a number."""
+    config.check()
+    c, folder, sources = config, Path(out) / TRAINING, sources_of(samples)
+    c = replace(c, lr=c.lr or engine.info.embedding_stats[1] / 20)
+    _check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], c)
+    on_progress(Progress("questions", 0, 1))
+    sources, tests = _split(engine, sources, c, folder, held_out)
+    wrapper = initial(engine, c)
+    run = _run(engine, wrapper, (*sources, tests), c, folder, on_progress)
+    state, sizes = Loop(run).train(), {s.name or "data": len(s.samples) for s in (*sources, tests)}
+    making = wrapper.metadata | _making(engine, run, state, sizes)
+    made = replace(wrapper, **run.trained.values(), metadata=making)  # type: ignore[arg-type]
+    made.save(Path(out) / WRAPPER)
+    return made
 
 
-def _train(job: Job) -> Wrapper:
-    c, wrapper = job.config, initial(job.engine, job.config)
-    state = State({n: v.clone() for n in ("header", "trailer", "links") if (v := getattr(wrapper, n)) is not None}, {})
-    trained = [v.requires_grad_() for n, v in state.vectors.items() if n == "links" or not c.links_only]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
-    strategy, path = student(wrapper, c), job.out / CHECKPOINT
-    if path.is_file():
-        checkpoints.load(path, state, optimizer, job.tag)
-    elif not state.held_out:
-        state.keep_best(_evaluate(job, strategy, state))
-    while state.step < c.steps and not state.finished:
-        try:
-            _step(job, strategy, state, optimizer, trained)
-        except TrainError:
-            checkpoints.save(path, state, optimizer, job.tag)  # the vectors of the last good step
-            raise
-        last = state.held_out[-1][1]
-        if state.step % c.evaluate_every == 0 or state.step == c.steps:
-            last = _evaluate(job, strategy, state)
-            state.keep_best(last)
-            state.finished = state.step - state.best_step >= c.patience * c.evaluate_every or state.step == c.steps
-            checkpoints.save(path, state, optimizer, job.tag)
-        job.report(Progress("train", state.step, c.steps, state.losses[-1], last, state.best_step))
-    return _written(job, wrapper, state)
+def _split(
+    engine: Engine, sources: tuple[Source, ...], c: PacketConfig, folder: Path, held_out: Sequence[Sample] | None
+) -> tuple[tuple[Source, ...], Source]:
+    """What is trained on, with questions, and what is measured on."""
+    sources = with_questions(engine, sources, folder, c.seed)
+    if held_out is None:
+        sources, held_out = split_held_out(sources, c.held_out, c.seed)
+    else:
+        apart = [Source(tuple(held_out), name="held-out")]
+        held_out = with_questions(engine, apart, folder / "held-out", c.seed)[0].samples
+    check_disjoint(sources, held_out)
+    return sources, aside(held_out, c.held_out_limit)
 
 
-def _step(
-    job: Job, strategy: KVPacket, state: State, optimizer: torch.optim.Optimizer, trained: Sequence[Tensor]
-) -> None:
-    """One update from one batch, in micro-batches of samples of like length."""
-    c = job.config
-    optimizer.param_groups[0]["lr"] = job.lr * (1 - state.step / c.steps)
-    picks = job.picks[state.step * c.batch : (state.step + 1) * c.batch]
-    tokens = sum(len(job.targets[p].answer) for p in picks)
-    optimizer.zero_grad()
-    total = 0.0
-    for group in _micro_batches(job, picks, c.micro_batch):
-        loss = _losses(job, strategy, state, group) / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    norm = torch.nn.utils.clip_grad_norm_(trained, c.clip or math.inf)
-    if not math.isfinite(total) or not torch.isfinite(norm):
-        raise TrainError(
-            f"step {state.step + 1}: the loss or its gradient is not a number. {CHECKPOINT} holds step {state.step}."
-        )
-    optimizer.step()
-    state.losses.append(round(total, 6))
-    state.step += 1
+def _run(
+    engine: Engine, wrapper: Wrapper, sources: Sequence[Source], c: PacketConfig, folder: Path, report: Report
+) -> Run:
+    """The teacher's answers, and which sample is used when."""
+    picks = schedule(sources[:-1], c.steps * c.batch, c.views, c.seed)
+    tests = [Pick(len(sources) - 1, i, 0) for i in range(len(sources[-1].samples))]
+    prompts = {p: _draw(engine, sources, p, c) for p in dict.fromkeys((*tests, *picks))}
+    strategy, vectors = student(wrapper, c), ("header", "trailer", "links")
+    _check_lengths(engine, prompts.values(), strategy, c)
+    checkpoint.claim(folder, c, engine.model.digest, *(s.digest for source in sources for s in source.samples))
+    parts = {n: v for n in vectors if (v := getattr(wrapper, n)) is not None}
+    trained = Vectors(engine.model, parts, vectors[:2] if c.links_only else ())
+    targets: dict[Pick, Target] = {}
+
+    def example(pick: Pick) -> Example:
+        target = targets[pick]
+        row = row_of(strategy, prompts[pick], target.answer)
+        return Example(row, target.top() if c.loss == "kl" else None)
+
+    run = Run(c, trained, picks, tests, example, lambda pick: prompts[pick].size, folder, report)
+    middle = statistics.median_low(p.size for p in prompts.values())
+    typical = next(p for p in prompts.values() if p.size == middle)
+    trial = Example(row_of(strategy, typical, torch.zeros(c.answer_tokens, dtype=torch.long)))
+    left = run.seconds(checkpoint.steps_done(folder), pace(trained, trial, middle))
+    teacher = Teacher(engine.model, folder / "teacher", c.answer_tokens, c.top_k, c.answers == "teacher")
+    asked = _Asked(report, left)
+    targets.update(zip(prompts, teacher.targets(list(prompts.values()), asked), strict=True))
+    report(Progress("train", checkpoint.steps_done(folder), c.steps, left))
+    return run
 
 
-def _micro_batches(job: Job, picks: Sequence[Pick], size: int) -> Iterator[list[Pick]]:
-    ordered = sorted(picks, key=lambda p: sum(map(len, job.prompts[p].documents)) + len(job.targets[p].answer))
-    yield from (ordered[i : i + size] for i in range(0, len(ordered), size))
+class _Asked:
+    """Reports how far the teacher is, and when the training will be done."""
+
+    def __init__(self, report: Report, training: float) -> None:
+        self.report, self.training, self.began = report, training, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Hear of prompt tokens answered."""
+        spent = time.monotonic() - self.began
+        self.report(Progress("teacher", done, total, self.training + (spent / done * (total - done) if done else 0.0)))
 
 
-def _student(job: Job, strategy: KVPacket, state: State, group: Sequence[Pick]) -> tuple[Tensor, Tensor]:
-    """The student's logits (batch, answer, vocab) and the labels (batch, answer)."""
-    rows = [row_of(strategy, job.prompts[p], job.targets[p].answer) for p in group]
-    batch = collate(rows)
-    table = torch.cat(list(state.vectors.values()))
-    return logits_of(job.engine.model, batch, table), batch.labels.to(job.engine.model.shape.device)
+def _check_samples(samples: Sequence[Sample], c: PacketConfig) -> None:
+    for sample in samples:
+        if not sample.documents or sample.plain or not sample.reuse:
+            raise TrainError(
+                f"{sample.where}: no documents to reuse: a wrapper is trained on questions over documents."
+            )
+        if c.answers == "data" and not sample.answers:
+            raise TrainError(
+                f'{sample.where}: no answer, but answers=data trains on the data\'s: add "answers": [...].'
+            )
 
 
-@torch.no_grad()
-def _teacher(job: Job, group: Sequence[Pick], length: int) -> Tensor | TopK:
-    device = job.engine.model.shape.device
-    if job.config.top_k:
-        top = TopK.pad([job.targets[p].top() for p in group], length)
-        return TopK(top.ids.to(device), top.logp.to(device), top.rest.to(device))
-    return logits_of(job.engine.model, collate([row_of(FULL, job.prompts[p], job.targets[p].answer) for p in group]))
+def _draw(engine: Engine, sources: Sequence[Source], pick: Pick, c: PacketConfig) -> Parts:
+    sample = sources[pick.source].samples[pick.index]
+    return parts_of(engine.text, draw(sample, pick.view, c.seed, c.fewest, free=c.answers == "teacher"))
 
 
-def _losses(job: Job, strategy: KVPacket, state: State, group: Sequence[Pick]) -> Tensor:
-    logits, labels = _student(job, strategy, state, group)
-    if job.config.loss == "ce":
-        return cross_entropy(logits, labels)
-    return divergence(logits, _teacher(job, group, labels.shape[1]), labels != IGNORE)
+def _check_lengths(engine: Engine, prompts: Iterable[Parts], strategy: KVPacket, c: PacketConfig) -> None:
+    context = engine.model.context_length
+    for parts in prompts:
+        end = parts.plan(strategy).end + c.answer_tokens
+        if end > context:
+            where = parts.sample.where
+            raise TrainError(f"{where}: a prompt and its answer take {end} positions, the context holds {context}.")
 
 
-@torch.no_grad()
-def _evaluate(job: Job, strategy: KVPacket, state: State) -> Fidelity:
-    tally = Tally()
-    for group in _micro_batches(job, job.held_out, job.config.micro_batch):
-        logits, labels = _student(job, strategy, state, group)
-        tally.add(logits, _teacher(job, group, labels.shape[1]), labels != IGNORE)
-    return tally.result()
+def initial(engine: Engine, c: PacketConfig) -> Wrapper:
+    """The wrapper that training starts from: a trained one, or vectors drawn like the rows of the embedding matrix.
+
+    Raises WrapperError when the trained one is for another model or of another size."""
+    (mean, std), width = engine.info.embedding_stats, engine.info.hidden_size
+    generator = torch.Generator().manual_seed(c.seed)
+    fresh = [torch.empty(n, width).normal_(mean, std, generator=generator) for n in (c.header, c.trailer, c.links)]
+    begun = Wrapper.load(c.start).check(engine.info) if c.start else Wrapper(fresh[0], fresh[1])
+    if (len(begun.header), len(begun.trailer)) != (c.header, c.trailer):
+        sizes = f"header={len(begun.header)} and trailer={len(begun.trailer)}"
+        raise WrapperError(f"wrapper {c.start} has {sizes}, not {c.header} and {c.trailer}: set them alike.")
+    links = begun.links if c.links and begun.links is not None else fresh[2] if c.links else None
+    if links is not None and len(links) != c.links:
+        raise WrapperError(f"wrapper {c.start} has links={len(links)}, not {c.links}: set them alike.")
+    return replace(begun, model=engine.model.digest, links=links, metadata={"layout": c.layout} if c.links else {})
 
 
-def _written(job: Job, wrapper: Wrapper, state: State) -> Wrapper:
-    """The best step's wrapper, with all that is known of its making."""
-    text, best = job.engine.text, state.best_fidelity
-    metadata = {
-        **wrapper.metadata,
+def student(wrapper: Wrapper, c: PacketConfig) -> KVPacket:
+    """The strategy that will serve the wrapper: it decides the mask to train under."""
+    return LinkedPacket(layout=c.layout).holding(wrapper) if c.links else KVPacket().holding(wrapper)
+
+
+def _making(engine: Engine, run: Run, state: checkpoint.State, data: dict[str, int]) -> dict[str, str]:
+    """All that is known of a wrapper's making."""
+    text, sizes = engine.text, {name: len(v) for name, v in run.trained.values().items()}
+    return {
         "template": digest_of(text.system_ids(), text.tail),
-        "tokenizer": job.engine.model.tokenizer_digest,
-        "vectors": json.dumps({name: len(v) for name, v in state.best.items()}),
-        "config": json.dumps(asdict(job.config)),
-        "data": json.dumps({s.name or "data": len(s.samples) for s in job.sources}),
-        "best": json.dumps({"step": state.best_step, **(asdict(best) if best else {})}),
+        "tokenizer": engine.model.tokenizer_digest,
+        "vectors": json.dumps(sizes),
+        "config": json.dumps(asdict(run.settings)),
+        "data": json.dumps(data),
+        "best": json.dumps({"step": state.best_step, **(asdict(state.best) if state.best else {})}),
         "history": json.dumps(state.history),
     }
-    made = replace(wrapper, **state.best, metadata=metadata)  # type: ignore[arg-type]
-    made.save(job.out / WRAPPER)
-    return made

@@ -1,131 +1,142 @@
-"""The teacher: the same model with full attention; its greedy answers, and its logits at their tokens."""
+"""The teacher: the same model with full attention; its greedy answers, and its distributions at their tokens."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvilt.errors import TrainError
+from kvilt.lab.train import checkpoint
 from kvilt.lab.train.dense import Parts, Row, additive, collate, logits_of, row_of
 from kvilt.lab.train.losses import TopK
 from kvilt.model.model import Model
 from kvilt.strategies.full import FullRecompute
 from kvilt.types import digest_of
 
-BATCH_TOKENS = 16384  # padded prompt tokens of one teacher batch
+BATCH_TOKENS = 8192  # padded prompt tokens of one teacher batch
 FULL = FullRecompute()
+PARTS = ("answer", "ids", "logp", "rest")
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the teacher said to one prompt; its top-k logits lie in a file."""
+    """What the teacher said to one prompt; its most likely tokens lie in a file."""
 
     answer: Tensor  # (tokens,) int64
-    file: Path | None
+    file: Path
     name: str
 
     def top(self) -> TopK:
         """The teacher's top k at every token of the answer."""
-        assert self.file is not None
-        with safe_open(str(self.file), "pt") as f:
-            ids, logp, rest = (f.get_tensor(f"{self.name}.{part}") for part in ("ids", "logp", "rest"))
+        found, _ = checkpoint.read(self.file, [f"{self.name}.{part}" for part in PARTS[1:]])
+        ids, logp, rest = found.values()
         return TopK(ids.long(), logp, rest)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Answers prompts once and keeps what it said, so that a second run finds it."""
+    """Answers each prompt once, and keeps what it said: another run, or a longer one, finds it."""
 
     model: Model
     folder: Path
     answer_tokens: int = 64  # longest answer
-    top_k: int = 64  # 0: keep no logits; they are computed again in every step
+    top_k: int = 64  # tokens kept at each place
     own: bool = True  # answers are the teacher's own; else the data's
+    _known: dict[str, Target] = field(default_factory=dict, repr=False)
 
-    def targets(self, prompts: Sequence[Parts], on_progress: Callable[[int, int], None] | None = None) -> list[Target]:
-        """One target for each prompt. Raises TrainError when the data has no answer where it should."""
-        found: dict[int, Target] = {}
-        for batch in _batches(prompts):
-            group = [prompts[i] for i in batch]
-            found.update(zip(batch, self._group(group), strict=True))
-            if on_progress:
-                on_progress(len(found), len(prompts))
-        return [found[i] for i in range(len(prompts))]
+    def missing(self, prompts: Sequence[Parts]) -> list[Parts]:
+        """The prompts that have no answer yet."""
+        for file in self.folder.glob("*.safetensors"):
+            self._note(file)
+        return [p for p in prompts if self._name(p) not in self._known]
 
-    def _group(self, group: Sequence[Parts]) -> list[Target]:
-        file = self.folder / f"{self._name(group)}.safetensors"
-        if not file.is_file():
-            self._answer(group, file)
-        with safe_open(str(file), "pt") as f:
-            answers = [f.get_tensor(f"{i}.answer").long() for i in range(len(group))]
-        return [Target(a, file if self.top_k else None, str(i)) for i, a in enumerate(answers)]
+    def targets(self, prompts: Sequence[Parts], on_progress: Callable[[int, int], None]) -> list[Target]:
+        """One target for each prompt; `on_progress` hears (tokens done, tokens to do) of the prompts that are asked.
 
-    def _name(self, group: Sequence[Parts]) -> str:
-        """Content address of all that decides what the teacher says: a changed setting or sample makes a new file."""
+        Raises TrainError when the data has no answer where it should, or the model's logits are not numbers."""
+        left = {self._name(p): p for p in self.missing(prompts)}
+        done, total = 0, sum(p.size for p in left.values())
+        for names in batches({name: p.size for name, p in left.items()}):
+            on_progress(done, total)
+            self._answer({name: left[name] for name in names})
+            done += sum(left[name].size for name in names)
+        on_progress(total, total)
+        return [self._known[self._name(p)] for p in prompts]
+
+    def _name(self, prompt: Parts) -> str:
+        """Content address of all that decides what the teacher says."""
         settings = f"{self.model.digest} {self.model.shape.dtype} {self.answer_tokens} {self.top_k} {self.own}"
-        return digest_of(settings, *(p.digest for p in group))[:32]
+        return digest_of(settings, prompt.digest)[:32]
+
+    def _note(self, file: Path) -> None:
+        with safe_open(str(file), "pt") as f:
+            names = {key.partition(".")[0] for key in f.keys()}  # noqa: SIM118 (not a mapping)
+            self._known.update({n: Target(f.get_tensor(f"{n}.answer").long(), file, n) for n in names})
 
     @torch.no_grad()
-    def _answer(self, group: Sequence[Parts], file: Path) -> None:
-        answers = self._own(group) if self.own else [_given(p, self.answer_tokens) for p in group]
-        tensors = {f"{i}.answer": a for i, a in enumerate(answers)}
-        if self.top_k:
-            logits = logits_of(self.model, collate([row_of(FULL, p, a) for p, a in zip(group, answers, strict=True)]))
-            if not torch.isfinite(logits).all():
-                raise TrainError("the teacher's logits are not finite: check the model's weights and dtype.")
-            for i, answer in enumerate(answers):
-                top = TopK.of(logits[i, -len(answer) :].cpu(), self.top_k)
-                tensors |= {f"{i}.ids": top.ids.int(), f"{i}.logp": top.logp, f"{i}.rest": top.rest}
-        write_atomically(file, tensors)
+    def _answer(self, prompts: dict[str, Parts]) -> None:
+        said = self._own(list(prompts.values())) if self.own else self._given(list(prompts.values()))
+        tensors: dict[str, Tensor] = {}
+        for name, (answer, top) in zip(prompts, said, strict=True):
+            values = (answer, top.ids.int(), top.logp, top.rest)
+            tensors |= {f"{name}.{part}": value for part, value in zip(PARTS, values, strict=True)}
+        file = self.folder / f"{digest_of(*prompts)[:32]}.safetensors"
+        checkpoint.write(file, tensors)
+        self._note(file)
 
-    def _own(self, group: Sequence[Parts]) -> list[Tensor]:
-        prompts = [row_of(FULL, p, torch.empty(0, dtype=torch.long)) for p in group]
-        return generate(self.model, prompts, self.answer_tokens)
+    def _own(self, prompts: Sequence[Parts]) -> list[tuple[Tensor, TopK]]:
+        """Greedy answers, with the distributions that they were picked from."""
+        steps: list[TopK] = []
+        rows = [row_of(FULL, p, torch.empty(0, dtype=torch.long)) for p in prompts]
+        answers = generate(
+            self.model, rows, self.answer_tokens, on_logits=lambda logits: steps.append(self._top(logits))
+        )
+        ids, logp, rest = (torch.stack([getattr(s, name) for s in steps], 1) for name in PARTS[1:])
+        return [(a, TopK(ids[i, : len(a)], logp[i, : len(a)], rest[i, : len(a)])) for i, a in enumerate(answers)]
+
+    def _given(self, prompts: Sequence[Parts]) -> list[tuple[Tensor, TopK]]:
+        """The data's answers, with the distributions at their tokens."""
+        answers = [p.answer[: self.answer_tokens] for p in prompts]
+        logits = logits_of(self.model, collate([row_of(FULL, p, a) for p, a in zip(prompts, answers, strict=True)]))
+        return [(a, self._top(logits[i, -len(a) :])) for i, a in enumerate(answers)]
+
+    def _top(self, logits: Tensor) -> TopK:
+        if not torch.isfinite(logits).all():
+            raise TrainError("the teacher's logits are not finite: check the model's weights and dtype.")
+        return TopK.of(logits, self.top_k).to(torch.device("cpu"))
 
 
-def _given(parts: Parts, most: int) -> Tensor:
-    if not len(parts.answer):
-        raise TrainError(f"{parts.sample.where}: no answer, but answers=data trains on the data's answers.")
-    return parts.answer[:most]
-
-
-def write_atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that is whole or not there, even if the process is killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata)
-    with temporary.open("rb+") as written:
-        os.fsync(written.fileno())
-    temporary.replace(file)
-
-
-def _batches(prompts: Sequence[Parts]) -> Iterator[list[int]]:
-    """Indices in groups of like length whose padded size stays under BATCH_TOKENS."""
-    sizes = [len(p.system) + sum(map(len, p.documents)) + len(p.question) for p in prompts]
-    group: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: (sizes[i], i)):
-        if group and sizes[i] * (len(group) + 1) > BATCH_TOKENS:
+def batches(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in groups of like size whose padded size stays under BATCH_TOKENS."""
+    group: list[str] = []
+    for name in sorted(sizes, key=lambda n: (sizes[n], n)):
+        if group and sizes[name] * (len(group) + 1) > BATCH_TOKENS:
             yield group
             group = []
-        group.append(i)
+        group.append(name)
     if group:
         yield group
 
 
 @torch.no_grad()
 def generate(
-    model: Model, prompts: Sequence[Row], most: int, temperature: float = 0.0, generator: torch.Generator | None = None
+    model: Model,
+    prompts: Sequence[Row],
+    most: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    on_logits: Callable[[Tensor], None] = lambda logits: None,
 ) -> list[Tensor]:
-    """Decode prompts at once, each up to its end-of-text token (kept) or `most` tokens; greedy at temperature 0."""
+    """Decode prompts at once, each up to its end-of-text token (kept) or `most` tokens; greedy at temperature 0.
+
+    `on_logits` gets the logits (prompts, vocab) of every step."""
     batch, stop = collate(prompts), _stops(model)
     device = model.shape.device
     cache = DynamicCache()
@@ -137,7 +148,9 @@ def generate(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     while len(tokens) < most and not done.all():
         out = model.hf(**step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens.append(_next(out.logits[:, -1].float(), temperature, generator))
+        logits = out.logits[:, -1].float()
+        on_logits(logits)
+        tokens.append(_next(logits, temperature, generator))
         done |= torch.isin(tokens[-1], stop)
         position = position + 1
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
@@ -155,8 +168,8 @@ def _next(logits: Tensor, temperature: float, generator: torch.Generator | None)
 
 def _stops(model: Model) -> Tensor:
     ids = model.hf.generation_config.eos_token_id
-    found = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return torch.tensor(found, dtype=torch.long, device=model.shape.device)
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return torch.tensor(listed, dtype=torch.long, device=model.shape.device)
 
 
 def _cut(tokens: Tensor, stop: Tensor) -> Tensor:

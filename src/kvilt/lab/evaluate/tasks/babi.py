@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from kvilt.errors import DocumentError, UserError
 from kvilt.lab.evaluate.tasks.base import Sample, Task, require
-from kvilt.lab.evaluate.tasks.files import find, lines
+from kvilt.lab.evaluate.tasks.files import find
+from kvilt.rows.files import text_lines
 from kvilt.types import Document
 
 TASKS = range(1, 21)
@@ -60,7 +61,7 @@ class Babi(Task):
     def _stories(self, file: Path, prefix: str, number: int) -> Iterator[Sample]:
         story: dict[int, str] = {}  # number of the line -> statement
         stories = asked = 0
-        for at, line in lines(file):
+        for at, line in enumerate(text_lines(file), 1):
             if not line.strip():
                 continue
             place, text = _numbered(line, f"{file}, line {at}")

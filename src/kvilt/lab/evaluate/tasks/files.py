@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from kvilt.errors import DocumentError, MissingExtra, UserError
 from kvilt.lab.evaluate.tasks.base import split_of
+from kvilt.rows.files import json_lines, text_lines
 
 _JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
@@ -93,29 +92,19 @@ def split_in_name(file: Path) -> str | None:
     return next((found for word in words if (found := split_of(word))), None)
 
 
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file, gzip-compressed or not, blank ones included."""
-    number = 0
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DocumentError(f"{file} cannot be read after line {number}: {error}. Fetch it again.") from error
-
-
 def _objects(file: Path) -> Iterator[Row]:
     if ".jsonl" in file.name.lower():
-        for number, line in lines(file):
-            if line.strip():
-                yield _row(_parse(line, f"{file}, line {number}"), f"{file}, line {number}", number)
-        return
-    whole = _parse("".join(line for _, line in lines(file)), str(file))
-    items = whole.get("data", whole.get("Data")) if isinstance(whole, dict) else whole
-    if not isinstance(items, list):
-        raise DocumentError(f'{file}: expected a list of samples, or an object with a list under "data".')
-    for number, item in enumerate(items, 1):
-        yield _row(item, f"{file}, item {number}", number)
+        objects = json_lines(text_lines(file), str(file))
+    else:
+        whole = _parse("".join(text_lines(file)), str(file))
+        items = whole.get("data", whole.get("Data")) if isinstance(whole, dict) else whole
+        if not isinstance(items, list):
+            raise DocumentError(f'{file}: expected a list of samples, or an object with a list under "data".')
+        objects = ((f"{file}, item {number}", item) for number, item in enumerate(items, 1))
+    for number, (where, item) in enumerate(objects, 1):
+        if not isinstance(item, dict):
+            raise DocumentError(f"{where}: expected an object with named fields, not {type(item).__name__}.")
+        yield Row(where, number, item)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -124,9 +113,3 @@ def _parse(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         hint = " A file with one object a line must be named .jsonl." if error.msg == "Extra data" else ""
         raise DocumentError(f"{where}: not valid JSON ({error.msg}, line {error.lineno}).{hint}") from error
-
-
-def _row(item: Any, where: str, number: int) -> Row:
-    if not isinstance(item, dict):
-        raise DocumentError(f"{where}: expected an object with named fields, found {type(item).__name__}.")
-    return Row(where, number, item)
