@@ -240,4 +240,4 @@ def test_every_strategy_runs_with_every_compression_against_an_uncompressed_refe
     assert bytes_[0] > 1.5 * bytes_[1] > 1.5 * bytes_[2] > 0
     assert "int8" in report(tmp_path / "out")
     assert len(run(engine, chosen, task, tmp_path / "own", limit=1)) == 4
-    assert "Int4()" in (tmp_path / "own").joinpath(paths[2].name.replace("naive", "naive_Int4")).read_text()
+    assert '"int4"' in (tmp_path / "own").joinpath(paths[2].name.replace("naive", "naive_int4")).read_text()
