@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from core_kit import DOCUMENTS, MATRIX, QUESTION, wrapper_file
 
 import zoo
+from core_kit import DOCUMENTS, MATRIX, QUESTION, wrapper_file
 from kvilt import registry
 from kvilt.check import gates
 from kvilt.engine.engine import Engine
@@ -24,7 +24,12 @@ from kvilt.strategies.base import Strategy
 
 OF_STRATEGIES = ("G4", "G6", "G7", "G8", "G9")  # the others ask the model alone
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DIFFERENT = ["llama", "llama-linear-mqa", "phi-partial-rotary", "glm-interleaved"]  # rotations that have little in common
+DIFFERENT = [
+    "llama",
+    "llama-linear-mqa",
+    "phi-partial-rotary",
+    "glm-interleaved",
+]  # rotations that have little in common
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +194,15 @@ def test_a_noisy_model_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch
 def test_methods_really_differ(wrapper: Path) -> None:
     """Danger: a matrix in which every method gives the same logits proves nothing."""
     specs = [
-        *("full", "block", "kvlink:links=5", "kv_packet:wrapper=WRAPPER", "prompt_cache:slot=64", "epic:tokens=3", "ape"),
+        *(
+            "full",
+            "block",
+            "kvlink:links=5",
+            "kv_packet:wrapper=WRAPPER",
+            "prompt_cache:slot=64",
+            "epic:tokens=3",
+            "ape",
+        ),
         *("random", "cacheblend", "cacheblend:score=v", "a3", "prophetkv", "infoflow", "infoflow:reorder=true"),
         *("sam_kv:init=2,local=4,block=4", "sam_kv:init=2,local=4,block=4,update=fusion"),
         *("turborag", "turborag:positions=composite"),
