@@ -120,12 +120,13 @@ class Engine:
         device: str = "auto",
         namespace: str = "shared",
         compress: str | Compression = "",
+        trust_remote_code: bool = False,
     ) -> Engine:
         """Load a model (hub name or folder), a strategy, a store and a compression from specification strings.
 
         `dtype` "auto" is what this machine computes fastest in; documents are stored in the checkpoint's own."""
         smaller = Compression.of(compress)  # before the model: mistakes show at once
-        loaded, tokenizer = load_model(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         keep = cast(Store, registry.build("store", store)) if isinstance(store, str) else store
         return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, smaller)

@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,7 @@ from kvilt.model.model import Model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS = ("amx_bf16", "avx512_bf16")  # of x86 CPUs, where bfloat16 prefills 1.7 to 5 times as fast as float32
-PROVED = "proved"
+PROVED, DESCRIPTION = "proved", "kvlink.json"
 
 logger = logging.getLogger("kvilt")
 
@@ -35,6 +35,7 @@ class Loaded:
     tokenizer: Any
     identity: Identity
     reason: str  # why it computes in the dtype it has
+    directory: Path | None = None  # of the files that strategies look for beside the weights
 
 
 def load_model(
@@ -43,7 +44,7 @@ def load_model(
     """A model ready to serve, and its tokenizer. Raises ModelError when it cannot be loaded or served exactly."""
     loaded = load_hf(name, dtype, device, trust_remote_code=trust_remote_code)
     model = _proved(loaded.hf, loaded.tokenizer, loaded.identity)
-    model.dtype_reason = loaded.reason
+    model.dtype_reason, model.directory = loaded.reason, str(loaded.directory)
     logger.info("computing in %s: %s", str(model.shape.dtype).removeprefix("torch."), loaded.reason)
     return model, loaded.tokenizer
 
@@ -52,7 +53,11 @@ def wrap(hf: Any, tokenizer: Any) -> Model:
     """A model that you hold already, made ready to serve. Raises ModelError when it cannot be served exactly.
 
     Its caches are named after its tensors: they are other caches than those of the same checkpoint loaded by name."""
-    return _proved(hf, tokenizer, Identity(hf))
+    model = _proved(hf, tokenizer, Identity(hf))
+    with suppress(OSError, ValueError):  # its name need not be one that anybody else knows
+        described = beside(model.directory, DESCRIPTION) if model.directory else None
+        model.directory = str(described.parent) if described else model.directory
+    return model
 
 
 def _proved(hf: Any, tokenizer: Any, known_as: Identity) -> Model:
@@ -97,18 +102,20 @@ def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) ->
         if report["missing_keys"]:  # transformers makes them up, differently every time
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ModelError(f"cannot load {what}: its files lack weights that the model has: {missing} ...")
-        beside(name, "kvlink.json")  # of a hub name: from here on in the folder of the other files
-        config_file = beside(name, "config.json")
-        return Loaded(hf, tokenizer, Identity(hf.to(place), config_file and config_file.parent), reason)
+        beside(name, DESCRIPTION)  # of a hub name: from here on in the folder of the other files
+        at = beside(name, "config.json")
+        directory = at and at.parent
+        return Loaded(hf, tokenizer, Identity(hf.to(place), directory), reason, directory)
 
 
 def _base_of(described: Path, name: str) -> str:
     """What an adapter was trained on."""
+    with _explained(f"adapter {name!r}", name):
+        base = json.loads(described.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"cannot load adapter {name!r}: {described} does not name its base model.")
     try:
-        base = json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
         return folder(str(base))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot load adapter {name!r}: {described} does not name its base model.") from error
     except ModelError as error:
         hint = f"Change base_model_name_or_path in {described}, or put the base model there."
         raise ModelError(f"cannot load adapter {name!r}: its base model {base!r} is missing. {hint}") from error
@@ -131,9 +138,9 @@ def _adapted(loaded: Loaded, at: str, trust: bool) -> Loaded:
         raise ModelError(
             f"cannot load adapter {at!r}: {kind.peft_type.value} puts tokens before every text it is given."
         )
-    own = (Path(at) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(at, trust_remote_code=trust) if own else loaded.tokenizer
-    return replace(loaded, tokenizer=tokenizer)
+    if (Path(at) / "tokenizer_config.json").is_file():
+        loaded = replace(loaded, tokenizer=AutoTokenizer.from_pretrained(at, trust_remote_code=trust))
+    return replace(loaded, directory=Path(at)) if (Path(at) / DESCRIPTION).is_file() else loaded
 
 
 def beside(name: str, file: str) -> Path | None:

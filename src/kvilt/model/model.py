@@ -68,7 +68,7 @@ class Model:
         self.identity = identity or Identity(hf)
         self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
-        self.directory: str | None = None  # the folder of the model's files
+        self.directory = str(getattr(hf, "name_or_path", "")) or None  # of files that strategies look for
         self.dtype_reason = "as the model was given"
 
     @property
