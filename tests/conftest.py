@@ -11,6 +11,13 @@ import zoo
 from kvilt.model.model import Model
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are left out where there is no GPU."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("cuda")])
+        items[:] = [i for i in items if not i.get_closest_marker("cuda")]
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """User directories and global settings are the test's own."""
