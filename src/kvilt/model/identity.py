@@ -156,7 +156,8 @@ class Identity:
         fields = config.to_diff_dict() if folder is None else config_of(folder)
         own = str(next(hf.parameters()).dtype).removeprefix("torch.")
         self.rope, self.dtype = of_rope(fields), own if folder is None else stored_dtype(fields)
-        self._base = (_look(_tensors(hf)), "" if folder is None else of_files(folder))
+        self._views: dict[object, Tensor] = {}  # a few numbers of every tensor
+        self._base = (_look(_tensors(hf), self._views), "" if folder is None else of_files(folder))
         self._known: tuple[object, str] = (None, "")
 
     @property
@@ -165,9 +166,10 @@ class Identity:
 
         Writes that PyTorch does not count (through `.data`) are noticed if they change one of a few numbers per tensor."""
         adapters, tensors = _adapters(self.hf), list(_tensors(self.hf))
-        base = _look(tensors)
-        seen = (base, _look(tensors, *adapters) if adapters else None, adapters)
+        base = _look(tensors, self._views)
+        seen = (base, _look(tensors, self._views, *adapters) if adapters else None, adapters)
         if self._known[0] != seen:
+            self._views.clear()  # of tensors that may be gone
             if self._base[0] != base or not self._base[1]:
                 self._base = (base, self._of_tensors(""))
             parts = [self._base[1], *(self._adapter(name, adapters) for name in sorted(adapters))]
@@ -200,10 +202,10 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     stack: list[tuple[str, nn.Module, str, bool]] = [("", hf, "", False)]
     while stack:
         path, module, owner, inside = stack.pop()
+        inside = inside or _is_tuner(module)
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield path + key, tensor, owner or (key if inside and key in names else "")
-        inside = inside or _is_tuner(module)
         for key, child in module._modules.items():
             if child is not None:
                 stack.append((f"{path}{key}.", child, owner or (key if inside and key in names else ""), inside))
@@ -227,16 +229,19 @@ def _is_tuner(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _look(tensors: Iterable[tuple[str, Tensor, str]], *owners: str) -> tuple[object, ...]:
+def _look(tensors: Iterable[tuple[str, Tensor, str]], views: dict[object, Tensor], *owners: str) -> tuple[object, ...]:
     """What shows at a glance that tensors were changed: where they lie, how often they were written to, a few numbers."""
     marks: list[object] = []
     samples: dict[object, list[Tensor]] = defaultdict(list)
     for _, t, owner in tensors:
         if owner in (owners or ("",)):
             plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
-            marks.append((id(t), t.data_ptr() if plain else 0, 0 if t.is_inference() else t._version))
-            if plain and (count := t.numel()):
-                samples[t.dtype, t.device].append(t.as_strided((min(SAMPLE, count),), (max(1, count // SAMPLE),)))
+            at = (id(t), t.data_ptr() if plain else 0)
+            marks.append((at, t.shape, 0 if t.is_inference() else t._version))
+            if plain and at not in views and (count := t.numel()):
+                views[at] = t.as_strided((min(SAMPLE, count),), (max(1, count // SAMPLE),))
+            if (view := views.get(at)) is not None:
+                samples[view.dtype, view.device].append(view)
     return (*marks, *(bytes(_bytes(torch.cat(group))) for group in samples.values()))
 
 
