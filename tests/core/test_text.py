@@ -11,8 +11,7 @@ import torch
 
 import zoo
 from core_kit import DOCUMENTS, QUESTION
-from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
-from kvilt.engine.tokens import Memo
+from kvilt.engine.text import DEFAULT_SYSTEM, Memo, TextFormat
 from kvilt.errors import DocumentError, ModelError, PromptError
 from kvilt.types import Document
 
@@ -79,7 +78,7 @@ def head(text: TextFormat) -> str:
 
 def control(text: TextFormat, ids: Any) -> list[int]:
     """The control tokens among ids."""
-    return [i for i in ids.tolist() if i in text.ordinary.control.values()]
+    return [i for i in ids.tolist() if i in text.vocabulary.control.values()]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief.", ""])

@@ -147,14 +147,14 @@ def _lines(text: str, name: str) -> Found:
 
 def documents_of(values: Iterable[object]) -> list[Document]:
     """Documents, texts or {"text", "title", "id"} as documents. Raises DocumentError, saying which is none."""
-    return [document_of(value, f"document {n}") for n, value in enumerate(values, 1)]
+    return [v if isinstance(v, Document) else document_of(v, f"document {n}") for n, v in enumerate(values, 1)]
 
 
 def document_of(value: object, where: str, name: str | None = None) -> Document:
-    """A Document as it is; or one of a text, or of {"text", "title", "id"}, called `name` if it has no id.
+    """The document of a text, or of {"text", "title", "id"}, called `name` if it has no id.
 
     Raises DocumentError for anything else, saying where it stands."""
-    fields = vars(value) if isinstance(value, Document) else {"text": value} if isinstance(value, str) else value
+    fields = {"text": value} if isinstance(value, str) else value
     if not isinstance(fields, Mapping):
         given = type(value).__name__
         raise DocumentError(f'{where} is {given}, not a document: give a text, or {{"text": "...", "title": "..."}}.')
@@ -165,8 +165,6 @@ def document_of(value: object, where: str, name: str | None = None) -> Document:
         raise DocumentError(f"{where}: the title must be a text, not {title!r}.")
     if not isinstance(called, str | int | None) or isinstance(called, bool):
         raise DocumentError(f"{where}: the id must be a text or a number, not {called!r}.")
-    if isinstance(value, Document):
-        return value
     return _document(fields["text"], title or None, name if called in (None, "") else str(called), where)
 
 

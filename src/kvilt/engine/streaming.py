@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvilt.engine.tokens import Written
+from kvilt.engine.text import Written
 from kvilt.types import Answer
 
 CLOSE_SECONDS = 5.0  # how long closing waits for the token that is being computed

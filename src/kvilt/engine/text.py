@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvilt.engine.documents import documents_of
-from kvilt.engine.tokens import Memo, Ordinary, Written, text_of
-from kvilt.errors import DocumentError, ModelError, PromptError
+from kvilt.engine.documents import document_of
+from kvilt.engine.vocabulary import TODAY, Vocabulary, template_of
+from kvilt.errors import DocumentError, ModelError, PromptError, UserError
 from kvilt.types import Document
 
 DEFAULT_SYSTEM = "Answer the question from the documents."
-ROLES = ("system", "user", "assistant", "tool")
-TODAY = datetime(2024, 7, 26, 12)  # in every template: a fixed date keeps the system part the same every day
 RENDER_OPTIONS: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": f"{TODAY:%d %b %Y}"}
-DIRECTIVES = [f"%{dash}{c}" for c in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ" for dash in ("", "-")]
-CLOCK = "".join(f"|replace({d!r}, {TODAY.strftime(d)!r})" for d in DIRECTIVES)
-PINNED = f"{{%- macro strftime_now(format) -%}}{{{{- format{CLOCK} -}}}}{{%- endmacro %}}\n"  # stands before a template
+ROLES = ("system", "user", "assistant", "tool")
 MARK = "\ue000"  # a private character
 PROBE = "A  \"b\" & <c>\n\n'd' \\ \tE."  # what a filter or a normaliser would change
 
-Turn = tuple[str, list[str | Document]]
+Turn = tuple[str, list[str | Document]]  # a role and what it says
+
+
+class Memo:
+    """Ids of known texts, in at most `limit` bytes. Without a lock: a process may fork while another thread is in here."""
+
+    def __init__(self, limit: int = 64 << 20) -> None:
+        self.limit, self.size, self._ids = limit, 0, dict[str, Tensor]()
+
+    def get(self, text: str, make: Callable[[], Tensor]) -> Tensor:
+        """The ids of a text, which nobody may change."""
+        ids = self._ids.get(text)
+        if ids is None:
+            ids = make()
+            size = sys.getsizeof(text) + ids.nbytes + 512  # the objects themselves
+            if self.size + size > self.limit:
+                self._ids, self.size = {}, 0
+            if size <= self.limit:
+                self._ids[text] = ids
+                self.size += size
+        return ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +57,23 @@ class TextFormat:
     "<think>") is ordinary text, and cannot end its turn or speak as somebody else."""
 
     tokenizer: Any
-    system: str
-    ordinary: Ordinary
+    vocabulary: Vocabulary
+    template: str | None
+    system: str = DEFAULT_SYSTEM
     known: Memo = field(default_factory=Memo)
     folded: bool = False  # the template has no place for a system text: it begins the user's message
 
     @classmethod
     def of(cls, tokenizer: Any, system: str | None = None) -> TextFormat:
         """The format of a tokenizer. Raises ModelError if its prompts would not be what its own template gives."""
-        made = cls(tokenizer, DEFAULT_SYSTEM, Ordinary(tokenizer))
+        made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer))
         for folded in (False, True):
             try:
                 made = replace(made, folded=folded)
                 made._prove()
                 made.told("")._prove()
                 return made if system is None else made.told(system)
-            except PromptError as error:
+            except UserError as error:
                 reason = error
         raise ModelError(f"documents cannot be placed in this model's prompts: {reason}") from reason
 
@@ -71,26 +88,19 @@ class TextFormat:
         if self.system not in whole:
             raise PromptError("its chat template drops the system text.")
         theirs = [*self._bos, *self.tokenizer.encode(whole, add_special_tokens=False)]
-        ours = torch.cat([self._system, self.document_ids(example), self.question_ids(question)]).tolist()
+        ours = torch.cat([self.system_ids(), self.document_ids(example), self.question_ids(question)]).tolist()
         reads = [text_of(self.tokenizer, ids, everything=True) for ids in (theirs, ours)]
-        marks = [[i for i in ids if i in self.ordinary.spoken] for ids in (theirs, ours)]
+        marks = [[i for i in ids if i in self.vocabulary.spoken] for ids in (theirs, ours)]
         if reads[0] != reads[1] or marks[0] != marks[1]:
             at = next((n for n, (a, b) in enumerate(zip(*reads, strict=False)) if a != b), 0)
             whole, alone = (read[max(0, at - 10) : at + 30] for read in reads)
             raise PromptError(f"its template and tokenizer give {whole!r} for an example, its parts alone {alone!r}.")
 
     @functools.cached_property
-    def _template(self) -> str | None:
-        if not getattr(self.tokenizer, "chat_template", None):
-            return None
-        template = str(self.tokenizer.get_chat_template())
-        return PINNED + template if "strftime_now" in template else template
-
-    @functools.cached_property
     def _bos(self) -> list[int]:
         """What stands in front of everything; templates write their own."""
         bos = self.tokenizer.bos_token_id
-        return [] if self._template or bos is None else [bos]
+        return [] if self.template or bos is None else [bos]
 
     @functools.cached_property
     def _trims(self) -> bool:
@@ -105,7 +115,7 @@ class TextFormat:
     def _asked(self, *parts: str | Document) -> list[Turn]:
         """The usual prompt: a system text; documents and, last, a question."""
         *documents, question = parts
-        asked = question if self._template else f"Question: {question}\nAnswer:"
+        asked = question if self.template else f"Question: {question}\nAnswer:"
         turns: list[Turn] = [("system", [self.system])] if self.system else []
         return [*turns, ("user", [*documents, asked])]
 
@@ -114,10 +124,10 @@ class TextFormat:
         if self.folded and [role for role, _ in turns[:2]] == ["system", "user"]:
             turns = [("user", [*turns[0][1], "\n\n", *turns[1][1]]), *turns[2:]]
         chat = [{"role": role, "content": "".join(map(spell, parts))} for role, parts in turns]
-        if self._template is None:
+        if self.template is None:
             return "\n\n".join(message["content"] for message in chat)
         try:
-            options = {"add_generation_prompt": True, "chat_template": self._template, **RENDER_OPTIONS}
+            options = {"add_generation_prompt": True, "chat_template": self.template, **RENDER_OPTIONS}
             return str(self.tokenizer.apply_chat_template(chat, tokenize=False, **options))
         except Exception as error:  # templates refuse with errors of many types
             raise PromptError(f"its chat template fails: {error}") from error
@@ -136,7 +146,8 @@ class TextFormat:
         """The documents in their order, and the ids before, between and behind them."""
         texts, documents = [part for _, parts in turns for part in parts if isinstance(part, str)], list[Document]()
         free = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
-        slot, veil = next(free), {ord(first): next(free) for first in self.ordinary.firsts}
+        firsts = {(content.strip() or content)[0] for content in self.vocabulary.control}
+        slot, veil = next(free), {ord(first): next(free) for first in firsts}
 
         def spell(part: str | Document) -> str:
             if isinstance(part, str):
@@ -148,17 +159,46 @@ class TextFormat:
         if sorted(pieces[1::2]) != sorted(map(str, range(len(documents)))):
             raise PromptError("its chat template drops, repeats or changes documents.")
         unveil, last = {ord(private): chr(first) for first, private in veil.items()}, len(documents)
-        ids = [self.ordinary.rendered(p, unveil, n == 0, n < last) for n, p in enumerate(pieces[::2])]
+        ids = [self._rendered(p, unveil, n == 0, n < last) for n, p in enumerate(pieces[::2])]
         ids[0] = self._bos + ids[0]
         return [torch.tensor(i, dtype=torch.long) for i in ids], [documents[int(n)] for n in pieces[1::2]]
 
-    @functools.cached_property
-    def _system(self) -> Tensor:
-        return self._parts(self._asked(Document(PROBE), "?"))[0][0]
+    def _rendered(self, text: str, unveil: dict[int, str], first: bool, closed: bool) -> list[int]:
+        """Ids of what a template has rendered: control tokens where it wrote them itself, all else ordinary.
+
+        `first` at a prompt's beginning; `closed` where a part that is tokenised alone comes next."""
+        v, ids, at, opened = self.vocabulary, list[int](), 0, first
+        for match in v.markers.finditer(text):
+            ids += self._ids(text[at : match.start()].translate(unveil), opened)
+            ids.append(v.control[match[0] if match[0] in v.control else match[0].strip()])
+            at, opened = match.end(), v.always
+        if closed and opened and at == len(text):  # the space that the tokenizer would put in front of that part
+            return ids + self._encoded("\n", True)[: -len(self._encoded("\n", False)) or None]
+        return ids + self._ids(text[at:].translate(unveil), opened)
+
+    def _ids(self, text: str, opened: bool = False) -> list[int]:
+        """Ids of ordinary text; `opened` where the tokenizer would put its own space in front. Raises PromptError."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError("half of a surrogate pair: the text was not decoded as what it is.") from error
+        ids = self._encoded(text, opened) if text else []
+        if not self.vocabulary.spoken.isdisjoint(ids):  # the vocabulary itself holds control tokens: cut them in two
+            cuts = [0, *(match.start() + 1 for match in self.vocabulary.starts.finditer(text)), len(text)]
+            pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+            ids = [i for n, piece in enumerate(pieces) for i in self._encoded(piece, opened and n == 0)]
+            if not self.vocabulary.spoken.isdisjoint(ids):
+                raise PromptError(f"this tokenizer reads control tokens in ordinary text: {text[:80]!r}.")
+        return ids
+
+    def _encoded(self, text: str, opened: bool) -> list[int]:
+        v = self.vocabulary
+        ids: list[int] = (v.opened if opened else v.inner)(text).ids
+        return [v.again.get(i, i) for i in ids] if v.again else ids
 
     def system_ids(self) -> Tensor:
         """Everything before the documents, (tokens,)."""
-        return self._system
+        return self._parts(self._asked(Document(PROBE), "?"))[0][0]
 
     def question_ids(self, question: str) -> Tensor:
         """The question and everything after it, (tokens,). Raises PromptError when it is empty."""
@@ -172,8 +212,8 @@ class TextFormat:
         """Documents, texts or {"text", "title", "id"} as a prompt's documents. Raises DocumentError.
 
         The first loses the white space that it begins with, where the template cuts it off."""
-        documents = documents_of(values)
-        if documents and not documents[0].title and documents[0].text[:1].isspace() and self._trims:
+        documents = [v if isinstance(v, Document) else document_of(v, f"document {n}") for n, v in enumerate(values, 1)]
+        if documents and not documents[0].title and str(documents[0].text)[:1].isspace() and self._trims:
             documents[0] = replace(documents[0], text=documents[0].text.lstrip())
         return documents
 
@@ -194,7 +234,7 @@ class TextFormat:
 
     def plain_ids(self, text: str) -> Tensor:
         """Ids of a text by itself, special tokens in it read as ordinary text, (tokens,)."""
-        return torch.tensor(self.ordinary.ids(text), dtype=torch.long)
+        return torch.tensor(self._ids(text), dtype=torch.long)
 
     def title_length(self, document: Document) -> int:
         """Tokens that a document's title line takes."""
@@ -219,3 +259,41 @@ class TextFormat:
 def _clean(content: str) -> str:
     """A document's content as it is tokenised: the same on every system, from files and from strings."""
     return content.replace("\r\n", "\n").strip("\n") + "\n"
+
+
+class Written:
+    """Text of tokens, piece by piece: what later tokens cannot change, without the white space around the whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._from = self._read = (
+            0  # text of tokens[:_read] is out; it is decoded again from _from for the spaces between
+        )
+        self._known = self._space = ""
+        self._begun = False
+
+    def put(self, token: int) -> str:
+        """The text that a token makes certain, often none."""
+        self._tokens.append(token)
+        text = self._text(self._from)
+        if not text.startswith(self._known):  # byte tokens: half a character spoils what was whole before it
+            self._from, self._known = self._read, ""
+            text = self._text(self._from)
+        if len(text) == len(self._known) or text.endswith("\ufffd"):  # that would be half a character
+            return ""
+        new = self._space + text[len(self._known) :]
+        self._from, self._read = self._read, len(self._tokens)
+        self._known = self._text(self._from)
+        new = new if self._begun else new.lstrip()
+        piece = new.rstrip()
+        self._space, self._begun = new[len(piece) :], self._begun or bool(piece)
+        return piece
+
+    def _text(self, start: int) -> str:
+        return text_of(self.tokenizer, self._tokens[start:])
+
+
+def text_of(tokenizer: Any, ids: list[int], everything: bool = False) -> str:
+    """What tokens say, as they say it; special tokens are left out, unless `everything` is wanted."""
+    return str(tokenizer.decode(ids, skip_special_tokens=not everything, clean_up_tokenization_spaces=False))
