@@ -180,6 +180,8 @@ class Engine:
             try:
                 ready = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
                 room = self._room(ready.plan.end, max_new_tokens)
+                if streamer is not None:
+                    streamer.put(torch.empty(0, dtype=torch.long))  # a reader who went away stops the work here
                 with self.model.run(ready.plan, room) as computed:
                     clock.lap("run")
                     run, prompt = through(computed), torch.cat([s.tokens for s in ready.plan.segments])
