@@ -10,11 +10,24 @@ import pytest
 import torch
 
 import zoo
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, cache_of, engine_of, ids, layout, off, off_dense, prompt, pruned
+from core_kit import (
+    DOCUMENTS,
+    QUESTION,
+    TOLERANCE,
+    cache_of,
+    engine_of,
+    ids,
+    layout,
+    off,
+    off_dense,
+    prompt,
+    pruned,
+    rows_of,
+    store_of,
+)
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.plan import Plan, Segment
-from kvilt.stores.disk import DiskStore
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.full import recompute
 from kvilt.strategies.kvlink import DESCRIPTION, LinkTokens
@@ -54,19 +67,13 @@ def test_a_chunk_is_encoded_behind_the_anchors_of_the_chunks_before_it_alone(fam
     for start, tokens in ((6, [*text[4:8], 8, 9]), (12, [*text[8:], 8])):
         segment = Segment(torch.tensor(tokens), start)
         plan = Plan((*before, segment), baseline=1)
-        _, placed = model.run(plan)
-        seen = placed.seen(segment, plan.bases[-1], model.shape.layers, whole.key)
+        with model.run(plan) as made:
+            seen = made.placed.taken(segment, plan.bases[-1], model.shape.layers, whole.key)
         places = torch.tensor([4, 5] if start == 6 else [2])
         kept = pruned(dataclasses.replace(seen, offsets=torch.arange(len(tokens))), places)
         before.append(Segment(segment.tokens, start, kept))
-    assert whole.layers is not None
-    for layer in range(model.shape.layers):
-        rows = []
-        for part in before:
-            assert part.cache is not None
-            assert part.cache.layers is not None
-            rows.append(model.rope.move(part.cache.layers.fetch(layer, "keys"), part.start))
-        assert off(whole.layers.fetch(layer, "keys"), torch.cat(rows, 1)) < TOLERANCE
+    parts = [rows_of(part.cache) for part in before if part.cache is not None]
+    assert off(rows_of(whole), torch.cat(parts, 3)) < TOLERANCE
 
 
 def test_documents_of_unlike_length_are_encoded_together_as_alone() -> None:
@@ -75,11 +82,7 @@ def test_documents_of_unlike_length_are_encoded_together_as_alone() -> None:
     for text, cache in zip(texts, model.encode(texts, CODES), strict=True):
         alone = cache_of(model, text, CODES)
         assert torch.equal(cache.offsets, alone.offsets)
-        assert cache.layers is not None
-        assert alone.layers is not None
-        for layer in range(model.shape.layers):
-            assert off(cache.layers.fetch(layer, "keys"), alone.layers.fetch(layer, "keys")) < TOLERANCE
-            assert off(cache.layers.fetch(layer, "values"), alone.layers.fetch(layer, "values")) < TOLERANCE
+        assert off(rows_of(cache), rows_of(alone)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 4), (10, 5)])
@@ -90,9 +93,9 @@ def test_rows_and_bytes_shrink_to_the_share(tokens: int, rows: int) -> None:
     assert cache.length == tokens + rows == tokens + CODES.anchors_of(tokens)
     assert cache.placed_tokens[cache.offsets].tolist() == ([8, 9] * rows)[:rows]
     assert cache.nbytes == rows * model.bytes_per_token
-    _, placed = model.run(asked(cache))
-    assert placed.length == rows + len(Q)
-    assert prompt(Q, cache).size == tokens + len(Q)  # anchors are no part of the ordinary prompt
+    with model.run(asked(cache)) as made:
+        assert made.placed.length == rows + len(Q)
+    assert asked(cache).baseline == tokens + len(Q)  # anchors are no part of the ordinary prompt
     assert recompute(prompt(Q, cache)).computed_tokens.tolist() == [*ids(tokens), *Q]
 
 
@@ -131,10 +134,10 @@ def test_stored_anchors_come_back_as_they_were(tmp_path: Path) -> None:
         "anchors:chunk=8,anchors=2,links=1",
         [*DOCUMENTS, Document("A river.", title="A title of many tokens")],
     )
-    engine = engine_of(spec, DiskStore(str(tmp_path)))
+    engine = engine_of(spec, store_of(f"disk:path={tmp_path}"))
     guess, stored = engine.encoder.dry_run(titled).bytes, engine.encode(titled).bytes
     assert guess == pytest.approx(stored, rel=0.05)
-    again = Engine(engine.model, engine.text, Anchors(1, 8, 2), DiskStore(str(tmp_path)))
+    again = Engine(engine.model, engine.text, Anchors(1, 8, 2), store_of(f"disk:path={tmp_path}"))
     answer = again.answer(QUESTION, titled, max_new_tokens=2)
     assert (answer.usage.hits, answer.usage.misses) == (4, 0)
     plan = again.plan(QUESTION, titled)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, ids, off, prompt
+from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, ids, off, prompt, run
 from kvilt.errors import SpecError
 from kvilt.model import attention
 from kvilt.plan import ContextScaling, Plan, Segment
@@ -52,7 +52,7 @@ def test_a_document_that_is_never_stored_is_computed_after_the_others() -> None:
     plan = engine.plan(QUESTION, given)
     system, longest = len(engine.info.system), len(engine.text.document_ids(DOCUMENTS[2]))
     assert [s.start for s in plan.segments][:4] == [0, system, system, system + longest]
-    assert off(engine.model.run(plan)[0], engine.model.dense(plan.dense())[-1]) < TOLERANCE
+    assert off(run(engine.model, plan), engine.model.dense(plan.dense())[-1]) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-linear-mqa", "glm-interleaved", "qwen3"])
@@ -60,14 +60,12 @@ def test_decoded_tokens_attend_in_two_parts_too(family: str) -> None:
     """Danger: the first token is right, and from the second on attention is plain (or answers count as context)."""
     engine, tokens = engine_of(SPEC, family=family), ids(6, 3)
     plan = engine.plan(QUESTION, DOCUMENTS)
-    logits, placed = engine.model.run(plan, room=len(tokens))
-    steps = [logits, *(engine.model.step(t.view(1, 1), placed)[0] for t in tokens)]
-    engine.model.pool.give(placed.buffer)
+    with engine.model.run(plan, room=len(tokens)) as made:
+        ahead = made.peek(tokens)  # several in one pass
+        steps = [made.logits, *(made.step(t.view(1, 1))[0] for t in tokens)]
     wanted = engine.model.dense(continued(plan, tokens).dense())[-len(steps) :]
     assert off(torch.stack(steps), wanted) < TOLERANCE
-    _, again = engine.model.run(plan, room=len(tokens))
-    assert off(engine.model.ahead(tokens, again), wanted[1:]) < TOLERANCE  # a draft, in one pass
-    engine.model.pool.give(again.buffer)
+    assert off(ahead, wanted[1:]) < TOLERANCE
     plain = engine.model.dense(replace(continued(plan, tokens), context=None).dense())
     assert off(torch.stack(steps), plain[-len(steps) :]) > 1e-2
 
@@ -75,13 +73,13 @@ def test_decoded_tokens_attend_in_two_parts_too(family: str) -> None:
 def test_temperature_and_scale_one_are_plain_attention() -> None:
     """Danger: the neutral setting is none, and every figure for it is that of another method."""
     model, plan = zoo.model_of("llama"), engine_of("ape:temperature=1,scale=1").plan(QUESTION, DOCUMENTS)
-    plain = model.run(replace(plan, context=None))[0]
-    assert torch.equal(model.run(plan)[0], plain)
+    plain = run(model, replace(plan, context=None))
+    assert torch.equal(run(model, plan), plain)
     assert off(model.dense(plan.dense())[-1], plain) < TOLERANCE
     context = replace(plan, context=ContextScaling(0.5)).context_rows
     assert context is not None
     with attention.using(attention.TwoPart(ContextScaling(), context)):
-        assert off(model.run(plan)[0], plain) < TOLERANCE
+        assert off(run(model, plan), plain) < TOLERANCE
 
 
 @pytest.mark.parametrize(("temperature", "scale"), [(0.9, 0.9), (0.5, 1.0), (1.4, 0.3)])
@@ -122,9 +120,9 @@ def test_watching_a_pass_does_not_change_it() -> None:
     engine = engine_of(SPEC)
     plan, layers = engine.plan(QUESTION, DOCUMENTS), []
     with attention.using(lambda layer, *_: layers.append(layer)):
-        watched = engine.model.run(plan)[0]
+        watched = run(engine.model, plan)
     assert layers == [0, 1, 2, 3]
-    assert torch.equal(watched, engine.model.run(plan)[0])
+    assert torch.equal(watched, run(engine.model, plan))
 
 
 def test_a_profile_is_for_one_model(tmp_path: Path) -> None:

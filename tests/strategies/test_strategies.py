@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,28 @@ import pytest
 import torch
 
 import zoo
-from core_kit import DOCUMENTS, QUESTION, TOLERANCE, engine_of, fake, off, prompt, wrapper_file
+from core_kit import (
+    DOCUMENTS,
+    QUESTION,
+    TOLERANCE,
+    cache_of,
+    engine_of,
+    fake,
+    ids,
+    off,
+    placed_rows,
+    prompt,
+    run,
+    wrapper_file,
+)
 from kvilt.errors import PromptError, SpecError
+from kvilt.plan import Layout
 from kvilt.registry import build
+from kvilt.rows.rows import select
 from kvilt.strategies.epic import Epic
 from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
 from kvilt.strategies.prompt_cache import PromptCache, read_schema
-from kvilt.types import Document, ModelInfo
+from kvilt.types import Document, DocumentCache, Encoding, ModelInfo
 
 Q = torch.tensor([90, 91])
 SYSTEM = fake([80, 81, 82])
@@ -83,6 +99,9 @@ def test_a_schema_refuses_what_has_no_place_in_it(tmp_path: Path) -> None:
         strategy.plan(type(asked)(SYSTEM, (B, C), Q, ("de", "fr")), never)
     with pytest.raises(PromptError, match="does not fit its 4 positions"):
         strategy.plan(type(asked)(SYSTEM, (fake(range(5)),), Q, ("de",)), never)
+    for twice in (("terms", "terms"), ("terms", "customer", "terms")):
+        with pytest.raises(PromptError, match="module 'terms' stands twice"):  # every row twice at the same positions
+            strategy.plan(type(asked)(SYSTEM, (B, C, B)[: len(twice)], Q, twice), never)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +134,7 @@ def test_a_parameter_is_computed_in_its_reserved_place(tmp_path: Path) -> None:
         plan = engine.plan(QUESTION, given)
         system = len(engine.text.system_ids())
         assert starts(plan)[:4] == [0, system, system + 90, system + 120]
-        assert off(engine.model.run(plan)[0], engine.model.dense(plan.dense())[-1]) < TOLERANCE
+        assert off(run(engine.model, plan), engine.model.dense(plan.dense())[-1]) < TOLERANCE
     assert engine.store.stats().entries == 3  # the system part and two modules
 
 
@@ -231,7 +250,7 @@ def test_composite_positions_restart_after_the_system_part() -> None:
     assert starts(plan) == [0, system, system, system, system + longest, system + longest + plan.segments[4].length]
     assert plan.segments[4].tokens[0] == engine.info.reserved[0]  # computed with its markers
     assert plan.segments[4].computed.all()
-    assert off(engine.model.run(plan)[0], engine.model.dense(plan.dense())[-1]) < TOLERANCE
+    assert off(run(engine.model, plan), engine.model.dense(plan.dense())[-1]) < TOLERANCE
 
 
 def test_turborag_needs_markers() -> None:
@@ -266,6 +285,28 @@ def test_epic_recomputes_the_first_tokens_of_all_but_the_prefix() -> None:
     without = Epic(tokens=3).plan(prompt(Q, A, B), never)
     assert without.computed_tokens.tolist() == [5, 6, 90, 91]
     assert engine_of("epic:tokens=0").encoder.encoding.before == (0, 0, 0, 0)
+
+
+def test_epic_leaves_a_document_alone_that_was_encoded_behind_the_system_part() -> None:
+    """Danger: with sink=system the exact prefix is recomputed for nothing; a lossy one is taken for exact."""
+    model, system = zoo.model_of("llama"), cache_of(zoo.model_of("llama"), ids(5, 77))
+    behind = Encoding(before=tuple(system.tokens.tolist()))
+    a, b = cache_of(model, ids(7, 1), behind), cache_of(model, ids(6, 2), behind)
+    pressed = dataclasses.replace(a, offsets=torch.arange(6), rows=select(a, torch.arange(6)).rows)
+    packed = dataclasses.replace(a, key=dataclasses.replace(a.key, compression="Int4()"))
+
+    def computed(*documents: DocumentCache) -> list[int]:
+        plan = Epic(tokens=3, sink="system").plan(prompt(Q, *documents, system=system), never)
+        return [int(s.computed.sum()) for s in plan.segments[1:-1]]
+
+    assert computed(a, b, a) == [0, 3, 3]
+    assert computed(pressed, b) == computed(packed, b) == [3, 3]
+    engine = engine_of("epic:tokens=16,sink=system")
+    plan = engine.plan(QUESTION, DOCUMENTS)
+    assert [int(s.computed.sum()) for s in plan.segments[1:-1]] == [0, 16, 16]
+    whole = torch.cat([s.tokens for s in plan.segments[:2]])  # its rows are those of a full prefill
+    full = placed_rows(engine.model, Layout(prompt(Q)).compute(whole).ask().plan())[..., : len(whole), :]
+    assert off(placed_rows(engine.model, plan)[..., : len(whole), :], full) < TOLERANCE
 
 
 @pytest.mark.parametrize("spec", ["kvlink:links=-1", "epic:tokens=-3", "prompt_cache:slot=0"])
