@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,14 +67,13 @@ class TextFormat:
     @classmethod
     def of(cls, tokenizer: Any, system: str | None = None) -> TextFormat:
         """The format of a tokenizer. Raises ModelError if its prompts would not be what its own template gives."""
-        made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer))
         for folded in (False, True):
             try:
-                made = replace(made, folded=folded)
+                made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer), folded=folded)
                 made._prove()
                 made.told("")._prove()
                 return made if system is None else made.told(system)
-            except UserError as error:
+            except (UserError, ValueError) as error:
                 reason = error
         raise ModelError(f"documents cannot be placed in this model's prompts: {reason}") from reason
 
@@ -146,8 +146,7 @@ class TextFormat:
         """The documents in their order, and the ids before, between and behind them."""
         texts, documents = [part for _, parts in turns for part in parts if isinstance(part, str)], list[Document]()
         free = (c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
-        firsts = {(content.strip() or content)[0] for content in self.vocabulary.control}
-        slot, veil = next(free), {ord(first): next(free) for first in firsts}
+        slot, veil = next(free), {ord(first): next(free) for first in self.vocabulary.firsts}
 
         def spell(part: str | Document) -> str:
             if isinstance(part, str):
@@ -184,7 +183,8 @@ class TextFormat:
             raise PromptError("half of a surrogate pair: the text was not decoded as what it is.") from error
         ids = self._encoded(text, opened) if text else []
         if not self.vocabulary.spoken.isdisjoint(ids):  # the vocabulary itself holds control tokens: cut them in two
-            cuts = [0, *(match.start() + 1 for match in self.vocabulary.starts.finditer(text)), len(text)]
+            held = "|".join(re.escape(content) for content in self.vocabulary.control if content in text) or "(?!)"
+            cuts = [0, *(match.start() + 1 for match in re.finditer(f"(?={held})", text)), len(text)]
             pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
             ids = [i for n, piece in enumerate(pieces) for i in self._encoded(piece, opened and n == 0)]
             if not self.vocabulary.spoken.isdisjoint(ids):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from types import SimpleNamespace
@@ -29,8 +29,8 @@ class Vocabulary:
     Added tokens that are mere white space (indentation, in some vocabularies) are ordinary text."""
 
     control: dict[str, int]
-    markers: re.Pattern[str]  # matches control tokens as the tokenizer does
-    starts: re.Pattern[str]  # matches before each of them, empty
+    firsts: frozenset[str]  # the first characters of control tokens
+    markers: re.Pattern[str]  # matches control tokens as the tokenizer does, the longest first
     spoken: frozenset[int]  # ids that no ordinary text may have
     opened: Encode  # of a text with the space in front that the tokenizer gives it
     inner: Encode  # of a text in the middle of others
@@ -56,9 +56,10 @@ class Vocabulary:
         always = tokenizer.encode(f"{marker}\n", add_special_tokens=False)[1:] == opened("\n").ids
         whole = {c: i for c, i in control.items() if len(c) > 1 or added[i].special}  # others are mere characters
         spoken = frozenset(i for content, i in whole.items() if content not in unknown)
-        markers = re.compile(_any_of(_pattern(added[i]) for i in control.values()))
-        starts = re.compile(f"(?={_any_of(map(re.escape, control))})")
-        return cls(control, markers, starts, spoken, opened, inner, again, always)
+        firsts = frozenset((content.strip() or content)[0] for content in control)
+        longest = sorted((_pattern(added[i]) for i in control.values()), key=len, reverse=True)
+        markers = re.compile("|".join(longest) or "(?!)")
+        return cls(control, firsts, markers, spoken, opened, inner, again, always)
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -73,10 +74,6 @@ def _pattern(token: AddedToken) -> str:
     """Matches an added token, with the white space that it takes in."""
     alone = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
     return r"\s*" * token.lstrip + alone[0] + re.escape(token.content) + alone[1] + r"\s*" * token.rstrip
-
-
-def _any_of(patterns: Iterable[str]) -> str:
-    return "|".join(sorted(patterns, key=len, reverse=True)) or "(?!)"  # as tokenizers do, the longest first
 
 
 def _alone(
