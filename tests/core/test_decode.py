@@ -227,6 +227,15 @@ def test_a_bad_length_is_refused_before_anything_is_encoded(bad: Any, monkeypatc
         ask(engine, max_new_tokens=bad)
 
 
+def test_a_prompt_beyond_the_context_is_refused_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: documents that can never stand together are encoded and stored, and the answer is refused after that."""
+    engine = engine_of("block")
+    monkeypatch.setattr(engine.model, "encode", lambda *_: pytest.fail("encoded"))
+    for documents, question in ((["word " * 400] * 3, QUESTION), (DOCUMENTS, "word " * 900)):
+        with pytest.raises(PromptError, match="positions"):
+            engine.answer(question, documents)
+
+
 @pytest.mark.parametrize("bad", [VOCABULARY, -1, 10**12, 1.5, "a", True])
 def test_ids_that_no_token_has_are_refused_before_anything_is_encoded(
     bad: Any, monkeypatch: pytest.MonkeyPatch

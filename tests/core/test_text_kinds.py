@@ -188,7 +188,7 @@ def test_tokenizers_that_read_parts_otherwise_are_refused_or_agree(normalizer: A
 def test_templates_that_trim_give_the_same_prompt(trim: str, question: str, first: str) -> None:
     """Danger: white space around a question or before the first document, which the model's own prompts never have."""
     text = TextFormat.of(byte_level(zoo.CHAT.replace("m['content']", f"m['content']{trim}")), " Be brief.\n")
-    documents = text.documents([Document(first), Document("  second")])
+    documents = text.documents([Document(first), Document("  second")], begins=True)
     says = "".join(decoded(text, text.document_ids(d)) for d in [Document(first), Document("  second")]) + question
     wanted = text.tokenizer.decode(whole(text, says))
     assert text.tokenizer.decode(prompt(text, documents, question).tolist()) == wanted

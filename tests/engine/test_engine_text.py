@@ -34,6 +34,11 @@ def test_strings_and_dictionaries_are_served() -> None:
         assert "\n" not in str(error.value)
         with pytest.raises(DocumentError):
             engine.encode(bad)
+    for lone in ("a text", Document("a text"), {"text": "a text"}, 3, object()):
+        with pytest.raises(DocumentError, match="documents must be a list"):
+            tokens(engine, lone)
+        with pytest.raises(DocumentError, match="documents must be a list"):
+            engine.encode(lone)
 
 
 def test_a_chat_instead_of_a_question_gets_one_line() -> None:

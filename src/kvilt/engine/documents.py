@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvilt.errors import DocumentError
@@ -143,11 +143,6 @@ def _lines(text: str, name: str) -> Found:
                 yield document_of(json_object(line, where), where, where)
         except DocumentError as error:
             yield error
-
-
-def documents_of(values: Iterable[object]) -> list[Document]:
-    """Documents, texts or {"text", "title", "id"} as documents. Raises DocumentError, saying which is none."""
-    return [v if isinstance(v, Document) else document_of(v, f"document {n}") for n, v in enumerate(values, 1)]
 
 
 def document_of(value: object, where: str, name: str | None = None) -> Document:

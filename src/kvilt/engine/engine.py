@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvilt import registry
 from kvilt.compress.base import Compression
-from kvilt.engine.documents import documents_of
 from kvilt.engine.encoder import Encoder, EncodeReport, Flights, Item
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
@@ -148,10 +147,10 @@ class Engine:
             )
         return self._told[system]
 
-    def encode(self, documents: Iterable[Any], **options: Any) -> EncodeReport:
+    def encode(self, documents: Sequence[Any], **options: Any) -> EncodeReport:
         """Encode and store documents, and the system part, ahead of any question (`Encoder.encode` has the options)."""
         self._fetch([], {})
-        return self.encoder.encode(documents_of(documents), **options)
+        return self.encoder.encode(self.text.documents(documents), **options)
 
     def answer(
         self,
@@ -243,7 +242,7 @@ class Engine:
         """Tokenise, key, fetch, encode what is missing or lost, plan."""
         if not documents and not allow_empty:
             raise PromptError("no documents: give at least one to answer from.")
-        asked, documents = self.text.question_ids(question), self.text.documents(documents)
+        asked, documents = self.text.question_ids(question), self.text.documents(documents, begins=True)
         items = self._items(documents)
         self._room(self._least_end(items, asked), wanted, least)
         clock.lap("tokenise")

@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,12 +208,14 @@ class TextFormat:
             raise PromptError("the question is empty.")
         return self._parts(self._asked(Document(PROBE), question))[0][1]
 
-    def documents(self, values: Iterable[object]) -> list[Document]:
-        """Documents, texts or {"text", "title", "id"} as a prompt's documents. Raises DocumentError.
+    def documents(self, values: Any, begins: bool = False) -> list[Document]:
+        """Documents, texts or {"text", "title", "id"} as documents. Raises DocumentError.
 
-        The first loses the white space that it begins with, where the template cuts it off."""
+        Where they begin a prompt, the first loses the white space in front of it if the template cuts that off."""
+        if isinstance(values, str | Mapping | Document) or not isinstance(values, Iterable):
+            raise DocumentError(f"documents must be a list, not {type(values).__name__}. Write [document].")
         documents = [v if isinstance(v, Document) else document_of(v, f"document {n}") for n, v in enumerate(values, 1)]
-        if documents and not documents[0].title and str(documents[0].text)[:1].isspace() and self._trims:
+        if begins and documents and not documents[0].title and str(documents[0].text)[:1].isspace() and self._trims:
             documents[0] = replace(documents[0], text=documents[0].text.lstrip())
         return documents
 
@@ -247,8 +249,7 @@ class TextFormat:
 
     def reserved(self) -> tuple[int, ...]:
         """Ids of the tokenizer's reserved special tokens, in order."""
-        added = self.tokenizer.get_added_vocab()
-        return tuple(sorted(i for token, i in added.items() if "reserved" in token))
+        return tuple(sorted(i for token, i in self.tokenizer.get_added_vocab().items() if "reserved" in token))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens; a character that is cut off at the end is left out."""
