@@ -113,7 +113,7 @@ def test_long_and_empty_texts(classifier: str) -> None:
     made = LLMLingua2(0.3, classifier, force="")
     assert made.shorten(f"{TEXT} " * 60).replace(" ", "") == "".join(WANTED) * 60
     assert made.shorten("\u200b") == "\u200b"
-    engine = engine_of().with_strategy("block", f"llmlingua2:rate=0.3,model={classifier}")
+    engine = engine_of(compress=f"llmlingua2:rate=0.3,model={classifier}")
     for wrong in (" ", "\ud800"):
         with pytest.raises(DocumentError):
             engine.encode([Document(wrong)])
@@ -151,7 +151,7 @@ def test_the_key_holds_the_classifier_and_not_its_path(classifier: str, tmp_path
     moved = tmp_path / "moved"
     shutil.copytree(classifier, moved)
     other = bert(tmp_path / "other", WANTED[1:])
-    one, same, another = (str(Compression.of(f"llmlingua2:model={m}")) for m in (classifier, moved, other))
+    one, same, another = (Compression.of(f"llmlingua2:model={m}").identity(0) for m in (classifier, moved, other))
     assert one == same != another
     assert "rate=0.5" in one
     engine = engine_of()

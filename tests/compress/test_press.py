@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,26 +10,27 @@ import torch
 from torch import Tensor
 
 import zoo
-from core_kit import DOCUMENTS, QUESTION, engine_of, off_dense, wrapper_file
+from core_kit import DOCUMENTS, QUESTION, engine_of, make_key, off_dense, rotated, rows_of, wrapper_file
 from kvilt.check import gates
 from kvilt.compress.base import Made
 from kvilt.compress.press import Cur, KeyDiff, KNorm, KVzip, Leverage, Press, Random, leverage
 from kvilt.errors import DocumentError, SpecError
 from kvilt.model.attention import weights
 from kvilt.model.probe import ModelProbe
-from kvilt.types import CacheKey, Document, DocumentCache, Encoding, TensorLayers
+from kvilt.rows.rows import TensorRows
+from kvilt.types import Document, DocumentCache, Encoding
 
 PRESSES = ["keydiff", "knorm", "leverage", "cur", "kvzip", "random"]
 LONG = Document("Brint Labs is in Orsa, on the river Sel, which runs from Orsa to the sea.", title="Brint", id="brint")
 
 
 def made(keys: Tensor, values: Tensor | None = None, around: tuple[int, int] = (0, 0), title: int = 0) -> Made:
-    """A document of one layer with these rows (heads, rows, dim), whose keys stand un-rotated."""
-    rows = torch.arange(keys.shape[1])
-    layers = TensorLayers((keys,), (keys if values is None else values,))
-    cache = DocumentCache(rows + 100, rows, len(rows), CacheKey(*"abcdefg"), layers)
+    """A document of one layer with these rows (heads, rows, dim), whose keys look alike wherever they stand."""
+    places = torch.arange(keys.shape[1])
+    rows = TensorRows(torch.stack([keys, keys if values is None else values])[None])
+    cache = DocumentCache(places + 100, places, len(places), make_key(places), rows)
     nothing: Any = None
-    return Made(cache, around, title, lambda keys, by: keys, nothing, nothing, 4096)
+    return Made(cache, around, title, lambda keys, at: keys, nothing, nothing, 4096)
 
 
 def kept(press: Press, found: Made) -> list[int]:
@@ -53,6 +55,16 @@ def test_keydiff_keeps_keys_unlike_the_mean() -> None:
     assert kept(KeyDiff(keep=0.1, sinks=0), made(keys)) == [7, 13]
 
 
+def test_keydiff_compares_keys_as_they_stand_in_the_document() -> None:
+    """Danger: the paper's similarity is that of rotated keys; without rotation it keeps others."""
+
+    def rotate(keys: Tensor, at: Tensor) -> Tensor:
+        return torch.where((at == 5)[:, None], keys.flip(-1), keys)
+
+    found = dataclasses.replace(made(alike(20, 7)), rotate=rotate)
+    assert kept(KeyDiff(keep=0.1, sinks=0), found) == [5, 7]
+
+
 def test_knorm_keeps_small_keys_and_every_head_counts_alike() -> None:
     """Danger: large norms stay, or the head with the largest keys decides alone."""
     keys = torch.ones(2, 10, 4)
@@ -75,8 +87,7 @@ def test_leverage_takes_keys_without_their_rotation() -> None:
     """Danger: the same key at many places looks like many directions."""
     model, flat = zoo.model_of("llama"), torch.zeros(2, 60, 16)
     flat[..., 0], flat[:, 41, 0], flat[:, 41, 8] = 1.0, 0.0, 1.0  # channels 0 and 8 turn into each other
-    found = made(model.rope.move(flat, torch.arange(60)))
-    turning = Made(found.cache, (0, 0), 0, model.rope.move, found.attention, found.tokenize, 4096)
+    turning = dataclasses.replace(made(flat), rotate=lambda keys, at: rotated(model, keys, at))
     assert kept(Leverage(keep=0.01, sinks=0), turning) == [41]
 
 
@@ -93,7 +104,9 @@ def test_kvzip_scores_are_the_most_attention_while_the_document_is_repeated() ->
     asked = engine.text.plain_ids("\nRepeat the previous context:\n")
     cache = model.encode([ids], Encoding())[0]
     probe = ModelProbe(model, model.info()).attention
-    found = Made(cache, (0, 0), 0, model.rope.move, probe, engine.text.plain_ids, model.context_length)
+    found = Made(
+        cache, (0, 0), 0, lambda k, at: rotated(model, k, at), probe, engine.text.plain_ids, model.context_length
+    )
     seen: list[Tensor] = []
 
     def hook(_: int, query: Tensor, key: Tensor, __: Tensor, mask: Tensor | None, scale: float | None) -> None:
@@ -111,7 +124,7 @@ def test_kvzip_repeats_long_documents_in_parts_and_says_when_there_is_no_room(mo
     from kvilt.compress import press
 
     monkeypatch.setattr(press, "CHUNK", 30)
-    engine = engine_of().with_strategy("block", "kvzip")
+    engine = engine_of(compress="kvzip")
     assert not [r for r in gates.run(engine, DOCUMENTS, QUESTION) if not r.passed]
     found = engine.encoder.make(engine.encoder.items([LONG]))[0]
     full = Made(
@@ -136,7 +149,7 @@ def test_random_depends_on_the_tokens_and_the_seed_alone() -> None:
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75, 1.0])
 def test_the_share_is_kept_with_sinks_and_title(name: str, keep: float) -> None:
     """Danger: another share than asked for; a document without its first tokens or its title."""
-    engine = engine_of().with_strategy("block", f"{name}:keep={keep},sinks=2")
+    engine = engine_of(compress=f"{name}:keep={keep},sinks=2")
     cache = engine.encoder.make(engine.encoder.items([LONG]))[0]
     plain = engine_of().encoder.make(engine_of().encoder.items([LONG]))[0]
     title = len("Brint\n")  # one token a byte
@@ -144,17 +157,14 @@ def test_the_share_is_kept_with_sinks_and_title(name: str, keep: float) -> None:
     assert len(cache.offsets) == -(-plain.length * keep // 1)
     assert set(range(title)) <= set(cache.offsets.tolist())
     assert cache.length == plain.length
-    assert cache.layers is not None
-    assert plain.layers is not None
-    for which in ("keys", "values"):
-        assert torch.allclose(cache.layers.fetch(3, which), plain.layers.fetch(3, which)[:, cache.offsets], atol=1e-4)
+    assert torch.allclose(rows_of(cache), rows_of(plain)[..., cache.offsets, :], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PRESSES)
 def test_header_and_trailer_stay(name: str, tmp_path: Any) -> None:
     """Danger: a packet loses the vectors that were trained for it."""
     spec = f"kv_packet:wrapper={wrapper_file(tmp_path)}"
-    engine = engine_of(spec).with_strategy(spec, f"{name}:keep=0.1,sinks=3")
+    engine = engine_of(spec, compress=f"{name}:keep=0.1,sinks=3")
     cache = engine.encoder.make(engine.encoder.items([Document(LONG.text)]))[0]
     own = cache.length - 16
     assert set(range(8 + 3)) | set(range(8 + own, 16 + own)) <= set(cache.offsets.tolist())
@@ -168,7 +178,7 @@ def test_presses_differ() -> None:
     """Danger: a share of the same rows whatever the method."""
     found = {}
     for name in PRESSES:
-        encoder = engine_of().with_strategy("block", f"{name}:keep=0.3").encoder
+        encoder = engine_of(compress=f"{name}:keep=0.3").encoder
         found[tuple(encoder.make(encoder.items([LONG]))[0].offsets.tolist())] = name
     assert len(found) == len(PRESSES)
 
@@ -176,7 +186,7 @@ def test_presses_differ() -> None:
 @pytest.mark.parametrize("name", PRESSES)
 def test_neighbours_in_a_batch_change_nothing(name: str) -> None:
     """Danger: which rows a stored document has depends on what was encoded together with it."""
-    encoder = engine_of().with_strategy("block", f"{name}:keep=0.3").encoder
+    encoder = engine_of(compress=f"{name}:keep=0.3").encoder
     items = encoder.items([LONG, *DOCUMENTS])
     together = encoder.make(items)
     for item, cache in zip(items, together, strict=True):
@@ -185,7 +195,7 @@ def test_neighbours_in_a_batch_change_nothing(name: str) -> None:
 
 def test_a_title_has_a_key_of_its_own() -> None:
     """Danger: two documents of the same tokens, of which one has them as its title, share rows."""
-    encoder = engine_of().with_strategy("block", "keydiff:keep=0.2").encoder
+    encoder = engine_of(compress="keydiff:keep=0.2").encoder
     titled, plain = encoder.items([Document("Orsa", title="Brint"), Document("Brint\nOrsa")])
     assert torch.equal(titled.ids, plain.ids)
     assert titled.key.digest != plain.key.digest
@@ -197,4 +207,4 @@ def test_a_title_has_a_key_of_its_own() -> None:
 def test_wrong_options(spec: str) -> None:
     """Danger: an empty document, or more rows than there are."""
     with pytest.raises(SpecError, match="option"):
-        engine_of().with_strategy("block", spec)
+        engine_of(compress=spec)

@@ -70,8 +70,11 @@ class Compression:
         return "+".join(registry.spec_of(part) for part in (self.text, self.rows, self.numbers) if part is not None)
 
     def identity(self, title: int) -> str:
-        """What of it shapes a cache, for the cache key: presses never drop the title, so its length counts."""
-        return f"{self} title={title}" if self.rows is not None and title else str(self)
+        """What of it shapes a cache, for the cache key: a classifier's weights and not where they lie; and the title's
+        length, since presses never drop the title."""
+        parts = [registry.spec_of(part) for part in (self.rows, self.numbers) if part is not None]
+        name = "+".join(parts if self.text is None else [repr(self.text), *parts])
+        return f"{name} title={title}" if self.rows is not None and title else name
 
     def shorten(self, document: Document) -> Document:
         """The document with a shorter text, its title as it is."""
