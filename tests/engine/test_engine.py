@@ -21,7 +21,7 @@ from kvilt.model.loading import load_model
 from kvilt.model.model import Model
 from kvilt.plan import prefill_cost
 from kvilt.registry import build
-from kvilt.rows.file import FileRows
+from kvilt.rows.rows import FileRows
 from kvilt.stores.memory import MemoryStore
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding

@@ -17,9 +17,9 @@ from torch import Tensor
 import zoo
 from core_kit import Watched, cache_of, ids, layout, make_key, off, placed_rows, pruned, rotated, rows_of, run, watched
 from kvilt.errors import DamagedCache
-from kvilt.model import placing
+from kvilt.model import loader, placing
 from kvilt.model.model import Model
-from kvilt.model.placing import BufferPool, Loader, PlacedCache, Shape
+from kvilt.model.placing import BufferPool, PlacedCache, Shape
 from kvilt.plan import Plan
 from kvilt.rows.codec import CODECS, QuantisedRows
 from kvilt.rows.rows import Rotation, TensorRows, select, whole
@@ -104,14 +104,14 @@ def test_staged_uploads_place_what_direct_reading_places(
     direct = placed_rows(model, plan)
     with model.placed(plan) as placed:
         assert 1 <= placed.group < 4
-        placed._loader = Loader(placed, staged=True)
+        placed.load_ahead(staged=True)
         model.forward(plan, placed, 1)
         assert torch.equal(placed.buffer[:, :, :, : placed.length], direct)
 
 
 def test_staging_takes_what_is_uploaded_as_it_is_stored() -> None:
     """Danger: quantised rows are decoded on the host and uploaded in four times their bytes."""
-    staging = placing.Staging(1 << 16, torch.device("cpu"))
+    staging = loader.Staging(1 << 16, torch.device("cpu"))
     cache = cache_of(zoo.model_of("llama"), ids(9, 1))
     taken = {name for name, make in KINDS.items() if staging.takes(make(cache).rows)}  # type: ignore[arg-type]
     assert taken == {"raw", "selected", "pruned", "bfloat16"}

@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers import Cache
 
 from kvilt.model.attention import TwoPart
+from kvilt.model.loader import Loader, Staging
 from kvilt.plan import Plan, Segment
 from kvilt.rows.rows import Rotation, TensorRows
 from kvilt.types import CacheKey, DocumentCache, Rows
 
 ROOM_STEP = 256  # capacities are rounded up, so that prompts of like length share a buffer
-GROUP_BYTES = (
-    16 << 20
-)  # rows of so many layers are placed at a time: few calls for small prompts, rows still in cache for large
+GROUP_BYTES = 16 << 20  # rows placed at a time: of many layers for small prompts, still in the cache for large ones
 
 
 @dataclass(frozen=True)
@@ -107,36 +106,6 @@ class Piece:
         buffer[:, :, :, at] = picked.to(buffer.device, buffer.dtype)
 
 
-class Staging:
-    """Host buffers used in turn for uploads that do not wait; one is reused only when its last upload is through.
-
-    Memory is pinned and events are recorded on CUDA; on a CPU the same code runs with ordinary memory, for the tests."""
-
-    def __init__(self, size: int, device: torch.device, count: int = 4) -> None:
-        cuda = device.type == "cuda"
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(count)]
-        self._uploads: list[Any] = [torch.cuda.Event() if cuda else None for _ in range(count)]
-        self._at = 0
-
-    def takes(self, rows: Rows) -> bool:
-        """Whether rows are uploaded as they are stored; quantised ones are uploaded by themselves, in fewer bytes."""
-        layers, heads, count, dim = rows.shape
-        return rows.nbytes == 2 * layers * heads * count * dim * rows.dtype.itemsize
-
-    def upload(self, rows: Rows, layers: slice, target: Tensor) -> None:
-        """Read some layers and queue their upload into `target` (layers, 2, heads, rows, head_dim)."""
-        self._at = (self._at + 1) % len(self._buffers)
-        sent = self._uploads[self._at]
-        if sent is not None:
-            sent.synchronize()
-        size = len(target) * 2 * rows.shape[1] * rows.shape[2] * rows.shape[3] * rows.dtype.itemsize
-        stored = self._buffers[self._at][:size].view(rows.dtype).view(target.shape)
-        rows.read(layers, stored)
-        target.copy_(stored, non_blocking=True)
-        if sent is not None:
-            sent.record()
-
-
 class StopAtLayer(Exception):
     """Raised inside a forward pass when a probe has seen enough."""
 
@@ -183,9 +152,12 @@ class PlacedCache(Cache):
         context[: self.length] = plan.context_rows
         return TwoPart(plan.context, context.to(self.buffer.device))
 
-    def load_ahead(self) -> None:
-        """Place layers from another thread, ahead of the forward pass."""
-        self._loader = Loader(self)
+    def load_ahead(self, staged: bool | None = None) -> None:
+        """Place layers from another thread, ahead of the forward pass; `staged` (default: on CUDA) through host buffers."""
+        count, device = len(self.buffer), self.buffer.device
+        size = max((-(-p.rows.nbytes // count) for p in self.pieces), default=0)
+        staged = device.type == "cuda" if staged is None else staged
+        self._loader = Loader(self.place, count, self.group, size, device, staged)
 
     def place(self, layers: slice, staging: Staging | None = None) -> None:
         """Read some layers' reused rows into the buffer and rotate their keys to their positions, all in few calls."""
@@ -263,61 +235,3 @@ class PlacedCache(Cache):
         angles = self.rotation.angles(segment.start + segment.places, data.device)
         self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
         return DocumentCache(segment.tokens, segment.places, segment.length, key, TensorRows(data))
-
-
-class Loader:
-    """Places layers from a thread; on CUDA through pinned memory and a stream of its own.
-
-    The forward pass waits for a layer only when it reaches it, so loading the next layers overlaps computing this one."""
-
-    def __init__(self, placed: PlacedCache, staged: bool | None = None) -> None:
-        self.placed = placed
-        device = placed.buffer.device
-        self.ready = [threading.Event() for _ in placed.buffer]
-        self.marks: list[Any] = [None for _ in placed.buffer]
-        self.error: BaseException | None = None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self.stream is not None:  # the buffer may still be in use by the work queued before
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-        self._staged = device.type == "cuda" if staged is None else staged
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="kvilt-loader", daemon=True)
-        self._thread.start()
-
-    def wait(self, layer: int) -> None:
-        """Return once a layer is placed, as far as work queued after this call can tell; re-raises what went wrong."""
-        self.ready[layer].wait()
-        if self.error is not None:
-            raise self.error
-        if self.marks[layer] is not None:
-            torch.cuda.current_stream(self.placed.buffer.device).wait_event(self.marks[layer])
-
-    def stop(self) -> None:
-        """Return when the thread has written its last byte: the buffer may then serve another prompt."""
-        self._stopped = True
-        self._thread.join()
-        if self.stream is not None:
-            self.stream.synchronize()
-
-    def _run(self) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.stream(self.stream):
-                self._place_all()
-        except BaseException as error:  # handed to the waiting thread, whatever it is
-            self.error = error
-        finally:
-            for event in self.ready:
-                event.set()
-
-    def _place_all(self) -> None:
-        count, group = len(self.placed.buffer), self.placed.group
-        sizes = [-(-p.rows.nbytes // count) * group for p in self.placed.pieces]
-        staging = Staging(max(sizes), self.placed.buffer.device) if self._staged and sizes else None
-        for first in range(0, count, group):
-            if self._stopped:
-                return
-            layers = slice(first, min(first + group, count))
-            self.placed.place(layers, staging)
-            for layer in range(count)[layers]:
-                self.marks[layer] = None if self.stream is None else self.stream.record_event()
-                self.ready[layer].set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from kvilt.errors import DamagedCache, DocumentError, UnreadableCache
+from kvilt.errors import DamagedCache, DocumentError
 from kvilt.rows.codec import CODECS, SIDES, QuantisedRows
 from kvilt.rows.header import (
     DIGEST_AT,
@@ -24,27 +23,15 @@ from kvilt.rows.header import (
     VERSION,
     Header,
     Readable,
-    Span,
     read_header,
 )
-from kvilt.rows.rows import whole
+from kvilt.rows.rows import DTYPES, FileRows, fill, whole
 from kvilt.types import CacheKey, DocumentCache, Rows
 
 RAW = "raw"
 NO_DIGEST = "0" * 64  # stands in a header until its own digest is known
 PAGE = 4096
-DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def pack(
@@ -143,117 +130,9 @@ def _rows(blob: Readable, header: Header, digests: Tensor) -> Rows:
 def _first(blob: Readable, header: Header, name: str) -> Tensor:
     """One of the small tensors before the rows, checked."""
     span = header.spans[name]
-    out = torch.empty(span.shape, dtype=_DTYPES[span.dtype])
+    out = torch.empty(span.shape, dtype=DTYPES[span.dtype])
     data = _bytes(out)
-    _fill(blob, header.key, span.start, [data] if len(data) else [])
+    fill(blob, header.key, span.start, [data] if len(data) else [])
     if blake3(data).hexdigest() != header.digests[name]:
         raise DamagedCache(header.key, f"{name} does not match its digest")
     return out
-
-
-def _fill(blob: Readable, key: str, offset: int, into: Sequence[memoryview]) -> None:
-    try:
-        if into:
-            blob.read(offset, into)
-    except EOFError as error:
-        raise DamagedCache(key, "it is cut off") from error
-    except OSError as error:
-        raise UnreadableCache(key, error.strerror or str(error)) from error
-
-
-class _Scratch(threading.local):
-    """One growing buffer per thread, so that reading touches no fresh memory."""
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = dtype.itemsize * torch.Size(shape).numel()
-        if self.buffer.numel() < size:
-            with torch.inference_mode(False):
-                self.buffer = torch.empty(-(-size // (1 << 20)) << 20, dtype=torch.uint8)
-        return self.buffer[:size].view(dtype).view(*shape)
-
-
-_scratch = _Scratch()
-
-
-class FileRows:
-    """The rows of one file, read straight into the caller's memory and checked when a layer is read for the first time.
-
-    The file is immutable: what has been checked once in this process is not checked again while the file stays open."""
-
-    def __init__(self, blob: Readable, header: Header, digests: Tensor, to_item: int = 1) -> None:
-        self.blob, self.header = blob, header
-        self._span = header.spans["rows"]
-        self._digests = bytes(digests.numpy().tobytes())
-        self._blocks = digests.shape[1]
-        self._unchecked = {(name, layer) for name in self._parts() for layer in range(self._span.shape[0])}
-        layers, _, heads, rows, dim = self._span.shape
-        self.shape: tuple[int, int, int, int] = (layers, heads, rows, dim * to_item)
-        self.dtype = _DTYPES[self._span.dtype]
-        self.nbytes = sum(header.spans[name].end - header.spans[name].start for name in self._parts())
-        if digests.shape != (layers, 2 * heads + len(self._parts()) - 1, 32):
-            raise DamagedCache(header.key, "its digests are not those of its rows")
-
-    def _parts(self) -> list[str]:
-        return [name for name in self.header.spans if name not in FIRST]
-
-    def read(self, layers: slice, out: Tensor) -> None:
-        """Read some layers into `out` (layers, 2, heads, rows, head_dim). Raises DamagedCache, OSError.
-
-        No copy is made where every head of `out` is one contiguous block of the stored dtype in CPU memory."""
-        count = range(self.shape[0])[layers]
-        if not len(count) or not out.numel():
-            return
-        block = out[0, 0, 0]  # (rows, head_dim)
-        direct = (
-            out.device.type == "cpu" and out.dtype == self.dtype and block.is_contiguous() and block.nbytes >= DIRECT
-        )
-        target = out if direct else _scratch.take([len(count), *self._span.shape[1:]], self.dtype)
-        self._read("rows", self._span, count, target)
-        if not direct:
-            out.copy_(target)
-
-    def part(self, name: str, layers: slice) -> Tensor:
-        """Some layers of one of the file's tensors (layers, ...), in memory of their own."""
-        span, count = self.header.spans[name], range(self.shape[0])[layers]
-        out = torch.empty([len(count), *span.shape[1:]], dtype=_DTYPES[span.dtype])
-        if out.numel():
-            self._read(name, span, count, out)
-        return out
-
-    def _read(self, name: str, span: Span, layers: range, out: Tensor) -> None:
-        size = (span.end - span.start) // span.shape[0]  # bytes of a layer
-        unchecked = [layer for layer in layers if (name, layer) in self._unchecked]
-        scattered = not out.is_contiguous()
-        pieces = list(_pieces(out, heads=name == "rows")) if unchecked or scattered else []  # one memoryview per digest
-        into = pieces if scattered else [_bytes_of(out)]
-        _fill(self.blob, self.header.key, span.start + layers.start * size, into)
-        each = len(pieces) // len(layers)
-        first = 0 if name == "rows" else self._blocks - len(self._parts()) + self._parts().index(name)
-        for layer in unchecked:
-            i = layer - layers.start
-            self._check(name, layer, first, pieces[i * each : (i + 1) * each])
-            self._unchecked.discard((name, layer))
-
-    def _check(self, name: str, layer: int, first: int, pieces: Sequence[memoryview]) -> None:
-        for number, piece in enumerate(pieces, layer * self._blocks + first):
-            if blake3(piece).digest() != self._digests[32 * number : 32 * number + 32]:
-                raise DamagedCache(self.header.key, f"{name} of layer {layer} does not match its digest")
-
-
-def _pieces(out: Tensor, heads: bool) -> Iterator[memoryview]:
-    """The memory of a tensor (layers, ...) in order: for rows head by head, else layer by layer."""
-    array: Any = out.detach().view(torch.uint8).numpy() if out.dtype != torch.uint8 else out.detach().numpy()
-    if not heads:
-        yield from (memoryview(layer.reshape(-1).data) for layer in array)
-        return
-    for layer in array:
-        for side in layer:
-            yield from (memoryview(head.reshape(-1).data) for head in side)
-
-
-def _bytes_of(out: Tensor) -> memoryview:
-    """The memory itself of a contiguous tensor in CPU memory."""
-    return memoryview(out.detach().view(-1).view(torch.uint8).numpy().data)
