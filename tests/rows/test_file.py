@@ -18,9 +18,8 @@ from core_kit import Bytes, cache_of, ids, pruned, rows_of
 from kvilt.errors import DamagedCache, DocumentError, OtherVersion
 from kvilt.rows.codec import CODECS, QuantisedRows
 from kvilt.rows.file import open_cache, pack
-from kvilt.rows.rows import DIRECT
 from kvilt.rows.header import MAX_TITLE, read_header
-from kvilt.rows.rows import HeadRows, TensorRows, whole
+from kvilt.rows.rows import DIRECT, HeadRows, TensorRows, whole
 from kvilt.types import CacheKey, DocumentCache, Encoding
 
 TEXT = ids(9, 4)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kvilt.errors import DamagedCache, UnreadableCache
 from kvilt.rows.header import FIRST, Header, Readable, Span
-
 from kvilt.types import DocumentCache, Rows, digest_of
 
 DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
