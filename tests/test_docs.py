@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,13 +66,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_run_as_printed(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_run_as_printed(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: the first thing that a reader types does not work."""
-    names: dict[str, object] = {"__name__": page.stem}
+    names = vars(types.ModuleType(page.stem))
+    monkeypatch.setitem(sys.modules, page.stem, sys.modules[__name__])  # dataclasses look their module up
     for language, text in blocks(page):
         example = text.startswith(EXAMPLE)
         if language == "python":
-            code = compile(shortened(text), str(page), "exec")
+            code = compile(shortened(text), str(page), "exec", dont_inherit=True)
             if named := re.match(r"# (\w+\.py)\n", text):
                 (folder / named[1]).write_text(shortened(text))
             elif not example:
@@ -96,13 +98,16 @@ def _command(line: str, example: bool) -> None:
     files = re.match(r"(.*?)< (\S+)(.*)", line)
     given = Path(files[2]).read_text() if files else None
     line = shortened(files[1] + files[3] if files else line)
+    line += (
+        " --set steps=2 --set batch=2 --set micro_batch=2 --set held_out=0.3" if line.startswith("kvilt train ") else ""
+    )
     run(*shlex.split(line, comments=True)[1:], input=given, KVILT_MODEL="builtin", KVILT_STORE="disk:path=caches")
 
 
 def test_the_quick_start_answers_and_reuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Danger: the first program gives an empty answer, or the second line of commands another store than the first."""
     (code,) = (text for language, text in blocks(ROOT / "README.md") if language == "python")
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) >= 2
     assert all(len(line) > 2 for line in printed)
