@@ -51,7 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     texts = ["Ada Lorn was born in Tavik. Ada Lorn works for Brint Labs.", "Brint Labs is based in Orsa."]
     for number, text in enumerate(texts * 2):
         (tmp_path / "passages" / f"{number:02}.txt").write_text(f"{text} This is text {number}.")
-    (tmp_path / "more.jsonl").write_text(json.dumps({"text": "More of it.", "title": "More", "id": "more"}) + "\n")
+    asked = {"question": "How much?", "answers": ["More"]}
+    more = [{"text": f"More of it: {n}.", "title": f"More {n}", "id": f"more-{n}", **asked} for n in range(4)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     rows = [{"documents": texts, "question": f"Where was Ada {n} born?", "answers": ["Tavik"]} for n in range(6)]
     for name in ("questions.jsonl", "train.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
