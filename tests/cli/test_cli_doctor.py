@@ -49,15 +49,25 @@ def test_all_is_well(encoded: tuple[Any, ...], store: str) -> None:
     assert data("cache", "stats", "--store", store)["misses"] == before["misses"]
 
 
-def test_other_dtype(encoded: tuple[Any, ...]) -> None:
-    reason, fix = only_reason(*encoded, "--dtype", "bf16")
-    assert "another dtype (float32 stored, bfloat16 now)" in reason
-    assert "weights" not in reason
-    assert "--dtype float32" in fix
-    text = run(*encoded, "--dtype", "bf16", code=1).stdout
+def test_another_dtype_of_the_computation_costs_nothing(encoded: tuple[Any, ...]) -> None:
+    """Danger: a corpus that was encoded on a CPU is encoded again on a GPU."""
+    assert data(*encoded, "--dtype", "bf16")["healthy"]
+
+
+def test_reasons_are_told_once_with_a_remedy(encoded: tuple[Any, ...]) -> None:
+    """Danger: a thousand lines for a thousand documents with the same fault, and none says what to do."""
+    text = run(*encoded, "--compress", "int8", code=1).stdout
     assert "0 of 5 documents will be reused" in text
+    assert "5 will not: it was compressed otherwise (none stored, int8 now)" in text
     assert "and 2 more" in text
-    assert "fix: give --dtype float32" in text
+    assert "fix: give the --compress it was encoded with" in text
+
+
+def test_another_namespace(encoded: tuple[Any, ...]) -> None:
+    """Danger: a document that lies there for somebody else seems to be lost."""
+    reason, fix = only_reason(*encoded, "--namespace", "mine")
+    assert "another namespace (shared stored, mine now)" in reason
+    assert "--namespace" in fix
 
 
 def test_other_weights(encoded: tuple[Any, ...], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ LEVELS = [
 RANK = {room: rank for rank, level in enumerate(LEVELS) for room in level}
 NOUNS = LEVELS[0]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "rich.progress"}  # not while `kvilt cache ls` starts
-LIGHT = ("errors.py", "registry.py", "rows/header.py", "rows/files.py", "stores/*.py", "cli/*.py")
+LIGHT = ("cli/app.py", "cli/catalogue.py", "cli/show.py", "rows/header.py", "rows/files.py", "stores/*.py")
 
 
 def room_of(path: Path) -> str:
@@ -48,10 +48,11 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def file_of(name: str) -> Path | None:
     """The file of a dotted name under kvilt; None for names that are no module."""
     place = PACKAGE.joinpath(*name.split(".")[1:])
-    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file() and p in FILES), None)
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
 
 
 def imports(path: Path, *, at_start: bool = False) -> Iterator[tuple[str, int]]:

@@ -146,7 +146,7 @@ class Encoder:
         if len(ids) + around > self.model.context_length:
             name = document.id or document.title or document.text
             raise DocumentError(
-                f"document {name[:40]!r} has {len(ids)} tokens, the model's context holds "
+                f"document {name!r} has {len(ids)} tokens, the model's context holds "
                 f"{self.model.context_length - around}. Split it."
             )
         title = self.text.title_length(document) if self.compression.rows else 0
