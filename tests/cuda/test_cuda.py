@@ -49,7 +49,7 @@ def engine_on(model: Model, spec: str, wrapper: Path | None = None, store: Store
 @functools.cache
 def noise_of(model: Model) -> float:
     """The floor of the prompt, measured once for each model."""
-    return gates.Case.of(engine_on(model, "full"), DOCUMENTS, QUESTION).noise
+    return gates.Case.of(engine_on(model, "full"), DOCUMENTS, QUESTION).floor
 
 
 def failed(model: Model, spec: str, wrapper: Path | None, *names: str) -> list[gates.GateResult]:
@@ -112,4 +112,4 @@ def test_a_corpus_encoded_on_a_cpu_is_hit_on_a_gpu(dtype: str, model_dir: Path) 
     cold = own.engine.answer(QUESTION, DOCUMENTS, max_new_tokens=1)
     assert answer.logits is not None
     assert cold.logits is not None
-    assert proof.deviation(answer.logits, cold.logits) <= 2 * proof.tolerance(own.noise)
+    assert proof.deviation(answer.logits, cold.logits) <= 2 * proof.tolerance(own.floor)

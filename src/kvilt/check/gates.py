@@ -12,7 +12,7 @@ multiple of the model's own noise on this prompt, in its dtype (`proof`). Nothin
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvilt import registry
 from kvilt.engine.engine import Engine
-from kvilt.model import attention, proof
+from kvilt.model import proof
 from kvilt.model.model import Model
 from kvilt.model.proof import deviation
 from kvilt.plan import Layout, Plan, Segment
@@ -54,20 +54,22 @@ class GateResult:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A prompt to test a strategy on, over a store of its own; `floor` is the model's own noise on it, if it is known."""
+    """A prompt to test a strategy on, over a store of its own that rounds nothing; `floor` is the model's own noise on it."""
 
     engine: Engine
     documents: Sequence[Document]
     question: str
-    floor: float | None = None
+    floor: float
 
     @classmethod
-    def of(cls, engine: Engine, documents: Sequence[Document], question: str, floor: float | None = None) -> Case:
+    def of(cls, engine: Engine, documents: Sequence[Document], question: str, floor: float = 0.0) -> Case:
         """The same model, strategy and compression as an engine's, over an empty store in memory."""
-        e = engine
-        store = cast(Store, registry.build("store", "memory"))
-        own = Engine(e.model, e.text, e.strategy, store, e.namespace, e.compression)
-        return cls(own, documents, question, floor)
+        model, store = copy.copy(engine.model), cast(Store, registry.build("store", "memory"))
+        model.stored = model.shape.dtype
+        own = Engine(model, engine.text, engine.strategy, store, engine.namespace, engine.compression)
+        items = own.encoder.items(documents)
+        text = torch.cat([torch.tensor(own.info.system), *(i.ids for i in items), own.text.question_ids(question)])
+        return cls(own, documents, question, floor or proof.own(model.hf, text.long()).floor)
 
     @property
     def model(self) -> Model:
@@ -87,25 +89,6 @@ class Case:
         """The strategy's plan of the prompt, or of one with other documents."""
         return self.engine.plan(self.question, documents or self.documents)
 
-    @functools.cached_property
-    def noise(self) -> float:
-        """The model's own noise on the ordinary prompt, and that of the dtype in which documents are stored."""
-        model = self.model
-        if self.floor is not None:
-            return self.floor
-        text = torch.cat([torch.tensor(self.engine.info.system, dtype=torch.long), *self.ids, self.asked])
-        own = proof.own(model.hf, text)
-        if model.stored == model.shape.dtype:
-            return own.floor
-        with torch.no_grad(), attention.using(self._rounded):
-            logits = model.hf(input_ids=text[None].to(model.shape.device), use_cache=False).logits[0]
-        return max(own.floor, deviation(logits, own.logits))
-
-    def _rounded(self, _: int, query: Tensor, key: Tensor, value: Tensor, *more: Any) -> Tensor:
-        """Attention to rows as they are after storing."""
-        key, value = (rows.to(self.model.stored).to(rows.dtype) for rows in (key, value))
-        return attention.ordinary(query, key, value, *more)
-
 
 def run(engine: Engine, documents: Sequence[Document], question: str) -> list[GateResult]:
     """All gates for the engine's model and strategy on these documents (at least two)."""
@@ -114,10 +97,9 @@ def run(engine: Engine, documents: Sequence[Document], question: str) -> list[Ga
 
 def results(case: Case, *names: str) -> Iterator[GateResult]:
     """Some gates (default: all) on one prompt."""
-    rounded_once = max(torch.finfo(dtype).eps for dtype in (case.model.shape.dtype, case.model.stored))
     for name, gate in GATES.items():
         if name in (names or GATES):
-            floor = rounded_once if name in ROWS else case.noise
+            floor = torch.finfo(case.model.shape.dtype).eps if name in ROWS else case.floor
             title = (gate.__doc__ or "").strip().splitlines()[0]
             yield GateResult(name, title, gate(case), floor, proof.tolerance(floor))
 
@@ -176,7 +158,7 @@ def twice(case: Case) -> float:
 
 def hits(case: Case) -> float:
     """A prompt with zero hits and one with only hits give the same logits."""
-    cold = Case.of(case.engine, case.documents, case.question)
+    cold = Case.of(case.engine, case.documents, case.question, case.floor)
     misses, stored = (case.model.score(plan) for plan in (cold.plan(), cold.plan()))
     return deviation(stored, misses)
 
@@ -228,15 +210,6 @@ def _decoded(segment: Segment) -> Segment:
     return replace(segment, cache=replace(segment.cache, rows=TensorRows(whole(rows))))
 
 
-GATES: dict[str, Callable[[Case], float]] = {
-    "G1": rotation,
-    "G2": identity,
-    "G3": first_layer,
-    "G4": recompute_all,
-    "G5": placement,
-    "G6": twice,
-    "G7": hits,
-    "G8": again,
-    "G9": dense,
-}
+IN_ORDER = (rotation, identity, first_layer, recompute_all, placement, twice, hits, again, dense)
+GATES: dict[str, Callable[[Case], float]] = {f"G{number}": gate for number, gate in enumerate(IN_ORDER, 1)}
 ROWS = ("G1", "G3")  # compare rows that were rounded once, not logits

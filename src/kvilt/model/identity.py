@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,49 +40,37 @@ def of_files(source: str | Path) -> str:
 
     Of a folder count the files that transformers would load: model.safetensors, or the shards that
     model.safetensors.index.json names, or pytorch_model.bin or its shards, else every *.safetensors; and the folder's *.py
-    where config.json has `auto_map`. A file (GGUF) is its own identity. Raises ModelError or OSError where they cannot be read."""
+    where config.json has `auto_map`. A file (GGUF) is its own identity. Raises OSError, ValueError or ModelError where they
+    cannot be read."""
     source = Path(source)
     if source.is_file():
         return of_file(source)
     config = config_of(source)
     code = sorted(source.glob("*.py")) if "auto_map" in config else []
     with ThreadPoolExecutor(4) as threads:  # gone when this returns: nothing that a forked process would wait for
-        digests = list(threads.map(of_file, [*weight_files(source), *code]))
-    return digest_of(_shaping(config), *digests)
+        return digest_of(_shaping(config), *threads.map(of_file, [*weight_files(source), *code]))
 
 
 def of_rope(config: Mapping[str, Any]) -> str:
     """Digest of the fields of config.json that say how keys are rotated."""
-    own = {k: v for k, v in config.items() if _is_rope(k) and v is not None}
-    if any(isinstance(v, Mapping) and v.get("rope_type", v.get("type", "default")) != "default" for v in own.values()):
-        own["max_position_embeddings"] = config.get("max_position_embeddings")
-    return digest_of(json.dumps(own, sort_keys=True, default=str))
+    own = json.dumps({k: v for k, v in config.items() if _is_rope(k) and v}, sort_keys=True, default=str)
+    return digest_of(own, str(config.get("max_position_embeddings")) if "yarn" in own else "")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The fields of a checkpoint's config.json, as they stand there."""
-    path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not readable: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} holds no settings.")
-    return fields
+    return dict(json.loads((folder / "config.json").read_text("utf-8")))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights."""
-    for name in WEIGHTS:
-        path = folder / name
-        if path.is_file() and path.suffix != ".json":
-            return [path]
+    for path in (folder / name for name in WEIGHTS):
         if path.is_file():
-            return [folder / part for part in sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))]
-    rest = sorted(folder.glob("*.safetensors"))
-    if not rest:
-        raise ModelError(f"{folder} holds no weights (looked for {', '.join(WEIGHTS)}).")
-    return rest
+            parts = json.loads(path.read_text("utf-8"))["weight_map"].values() if path.suffix == ".json" else [path]
+            return [folder / part for part in sorted(set(parts))]
+    if rest := sorted(folder.glob("*.safetensors")):
+        return rest
+    raise ModelError(f"{folder} holds no weights (looked for {', '.join(WEIGHTS)}).")
 
 
 def stored_dtype(config: Mapping[str, Any]) -> str:
@@ -94,15 +83,13 @@ def of_file(path: Path) -> str:
     """BLAKE3 digest of a file's bytes, remembered for as long as the file looks the same."""
     with path.open("rb", buffering=0) as file:
         looks = _looks(file, path)
-        known = recall(looks)
-        if known is not None:
+        if (known := recall(looks)) is not None:
             return known
         hasher, buffer = blake3(), memoryview(bytearray(READ))  # one thread: BLAKE3's own pool does not survive a fork
         file.seek(0)
         while size := file.readinto(buffer):
             hasher.update(buffer[:size])
-    remember(looks, hasher.hexdigest())
-    return hasher.hexdigest()
+    return remember(looks, hasher.hexdigest())
 
 
 def _looks(file: BinaryIO, path: Path) -> str:
@@ -121,14 +108,13 @@ def recall(note: str) -> str | None:
     return known if isinstance(known, str) else None
 
 
-def remember(note: str, value: str) -> None:
-    """Remember a short text under a name; best effort: what cannot be remembered is worked out again next time."""
-    try:
+def remember(note: str, value: str) -> str:
+    """Remember a short text under a name, and return it; what cannot be written down is worked out again next time."""
+    with suppress(OSError):
         _memo().parent.mkdir(parents=True, exist_ok=True)
         with replacing(_memo()) as temporary:
             temporary.write_text(json.dumps({**_notes(), note: value}))
-    except OSError:
-        return
+    return value
 
 
 def _memo() -> Path:
@@ -136,11 +122,10 @@ def _memo() -> Path:
 
 
 def _notes() -> dict[str, object]:
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         notes = json.loads(_memo().read_text("utf-8")) if _memo().is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return notes if isinstance(notes, dict) else {}
+        return notes if isinstance(notes, dict) else {}
+    return {}
 
 
 class Identity:
@@ -178,11 +163,8 @@ class Identity:
 
     def _adapter(self, name: str, layers: Mapping[str, object]) -> str:
         config: Any = getattr(self.hf, "peft_config", {})[name]
-        own = {k: v for k, v in config.to_dict().items() if k not in ELSEWHERE}
-        settings = json.dumps(
-            [own, layers[name]], sort_keys=True, default=lambda o: sorted(o) if isinstance(o, set) else str(o)
-        )
-        return digest_of(settings, self._of_tensors(name))
+        own = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items() if k not in ELSEWHERE}
+        return digest_of(json.dumps([own, layers[name]], sort_keys=True, default=str), self._of_tensors(name))
 
     def _of_tensors(self, owner: str) -> str:
         config: Any = self.hf.config
@@ -203,24 +185,23 @@ def _tensors(hf: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     while stack:
         path, module, owner, inside = stack.pop()
         inside = inside or _is_tuner(module)
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield path + key, tensor, owner or (key if inside and key in names else "")
-        for key, child in module._modules.items():
-            if child is not None:
-                stack.append((f"{path}{key}.", child, owner or (key if inside and key in names else ""), inside))
+        for key, part in (*module._parameters.items(), *module._buffers.items(), *module._modules.items()):
+            of = owner or (key if inside and key in names else "")
+            if isinstance(part, nn.Module):
+                stack.append((f"{path}{key}.", part, of, inside))
+            elif part is not None:
+                yield path + key, part, of
 
 
-def _adapters(hf: nn.Module) -> dict[str, list[object]]:
-    """The adapters that take part in a pass, and in which layers how: scaled, merged."""
-    adapters: dict[str, list[object]] = defaultdict(list)
-    for module in hf.modules() if getattr(hf, "peft_config", None) else ():
-        tuner: Any = module
-        if _is_tuner(module) and not tuner.disable_adapters:
-            for name in tuner.active_adapters:
-                scale = getattr(tuner, "scaling", None)
-                scale = scale.get(name) if isinstance(scale, dict) else scale
-                adapters[name].append((str(scale), name in tuner.merged_adapters))
+def _adapters(hf: nn.Module) -> dict[str, list[str]]:
+    """The adapters that take part in a pass, and how in each layer: scaled, merged."""
+    adapters: dict[str, list[str]] = defaultdict(list)
+    tuners: Iterable[Any] = filter(_is_tuner, hf.modules()) if getattr(hf, "peft_config", None) else ()
+    for tuner in tuners:
+        scale = getattr(tuner, "scaling", None)
+        for name in () if tuner.disable_adapters else tuner.active_adapters:
+            own = scale.get(name) if isinstance(scale, dict) else scale
+            adapters[name].append(f"{own} {name in tuner.merged_adapters}")
     return dict(adapters)
 
 
@@ -235,13 +216,13 @@ def _look(tensors: Iterable[tuple[str, Tensor, str]], views: dict[object, Tensor
     samples: dict[object, list[Tensor]] = defaultdict(list)
     for _, t, owner in tensors:
         if owner in (owners or ("",)):
-            plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+            plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() > 0
             at = (id(t), t.data_ptr() if plain else 0)
             marks.append((at, t.shape, 0 if t.is_inference() else t._version))
-            if plain and at not in views and (count := t.numel()):
-                views[at] = t.as_strided((min(SAMPLE, count),), (max(1, count // SAMPLE),))
-            if (view := views.get(at)) is not None:
-                samples[view.dtype, view.device].append(view)
+            if plain and at not in views:
+                views[at] = t.as_strided((min(SAMPLE, t.numel()),), (max(1, t.numel() // SAMPLE),))
+            if plain:
+                samples[t.dtype, t.device].append(views[at])
     return (*marks, *(bytes(_bytes(torch.cat(group))) for group in samples.values()))
 
 

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,37 +26,22 @@ PROVED, DESCRIPTION = "proved", "kvlink.json"
 logger = logging.getLogger("kvilt")
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model of transformers as it was loaded, not yet touched."""
-
-    hf: Any
-    tokenizer: Any
-    identity: Identity
-    reason: str  # why it computes in the dtype it has
-    directory: Path | None = None  # of the files that strategies look for beside the weights
-
-
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
 ) -> tuple[Model, Any]:
     """A model ready to serve, and its tokenizer. Raises ModelError when it cannot be loaded or served exactly."""
-    loaded = load_hf(name, dtype, device, trust_remote_code=trust_remote_code)
-    model = _proved(loaded.hf, loaded.tokenizer, loaded.identity)
-    model.dtype_reason, model.directory = loaded.reason, str(loaded.directory)
-    logger.info("computing in %s: %s", str(model.shape.dtype).removeprefix("torch."), loaded.reason)
-    return model, loaded.tokenizer
+    hf, tokenizer, known_as, reason = load_hf(name, dtype, device, trust_remote_code=trust_remote_code)
+    model = _proved(hf, tokenizer, known_as)
+    model.dtype_reason = reason
+    logger.info("computing in %s: %s", str(hf.dtype).removeprefix("torch."), reason)
+    return model, tokenizer
 
 
 def wrap(hf: Any, tokenizer: Any) -> Model:
     """A model that you hold already, made ready to serve. Raises ModelError when it cannot be served exactly.
 
     Its caches are named after its tensors: they are other caches than those of the same checkpoint loaded by name."""
-    model = _proved(hf, tokenizer, Identity(hf))
-    with suppress(OSError, ValueError):  # its name need not be one that anybody else knows
-        described = beside(model.directory, DESCRIPTION) if model.directory else None
-        model.directory = str(described.parent) if described else model.directory
-    return model
+    return _proved(hf, tokenizer, Identity(hf))
 
 
 def _proved(hf: Any, tokenizer: Any, known_as: Identity) -> Model:
@@ -69,26 +53,32 @@ def _proved(hf: Any, tokenizer: Any, known_as: Identity) -> Model:
         proof.check(model, own)
         if note:
             identity.remember(note, PROVED)
+    with suppress(OSError, ValueError):  # of a model in memory, whose name may be no name
+        described = beside(str(hf.name_or_path), DESCRIPTION) if hf.name_or_path else None
+        model.directory = str(described.parent) if described else model.directory
     return model
 
 
-def load_hf(name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False) -> Loaded:
-    """A model of transformers and its tokenizer, from a folder, a hub name, or a folder with an adapter of peft.
+def load_hf(
+    name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+) -> tuple[Any, Any, Identity, str]:
+    """A model of transformers, its tokenizer, what it is called in keys, and why it computes in its dtype.
 
-    `dtype` "auto" is the checkpoint's own on CUDA; on a CPU bfloat16 where checkpoint and CPU are made for it, else float32.
-    Code that comes with a model runs only with `trust_remote_code`. Raises ModelError where something cannot be loaded."""
+    `name` is a folder, a hub name, or a folder with an adapter of peft. `dtype` "auto" is the checkpoint's own on CUDA; on a CPU
+    bfloat16 where checkpoint and CPU are made for it, else float32. Code that comes with a model runs only with
+    `trust_remote_code`. Raises ModelError where something cannot be loaded."""
     place, name = _device(device), folder(name)
     with _explained(f"model {name!r}", name):
         described = beside(name, "adapter_config.json")
     if described is None:
         return _load(name, f"model {name!r}", dtype, place, trust_remote_code)
     base = _base_of(described, name)
-    loaded = _load(base, f"base model {base!r} of adapter {name!r}", dtype, place, trust_remote_code)
+    hf, tokenizer, *rest = _load(base, f"base model {base!r} of adapter {name!r}", dtype, place, trust_remote_code)
     with _explained(f"adapter {name!r}", name):
-        return _adapted(loaded, str(described.parent), trust_remote_code)
+        return hf, _adapted(hf, described.parent, trust_remote_code) or tokenizer, *rest
 
 
-def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) -> Loaded:
+def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) -> tuple[Any, Any, Identity, str]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with _explained(what, name):
@@ -99,21 +89,16 @@ def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) ->
         hf, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=kind, output_loading_info=True, trust_remote_code=trust
         )
-        if report["missing_keys"]:  # transformers makes them up, differently every time
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ModelError(f"cannot load {what}: its files lack weights that the model has: {missing} ...")
-        beside(name, DESCRIPTION)  # of a hub name: from here on in the folder of the other files
+        if missing := sorted(report["missing_keys"]):  # transformers makes them up, differently every time
+            raise ValueError(f"its files lack weights that the model has: {', '.join(missing[:3])} ...")
         at = beside(name, "config.json")
-        directory = at and at.parent
-        return Loaded(hf, tokenizer, Identity(hf.to(place), directory), reason, directory)
+        return hf.to(place), tokenizer, Identity(hf, at and at.parent), reason
 
 
 def _base_of(described: Path, name: str) -> str:
     """What an adapter was trained on."""
     with _explained(f"adapter {name!r}", name):
-        base = json.loads(described.read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"cannot load adapter {name!r}: {described} does not name its base model.")
+        base = json.loads(described.read_text("utf-8"))["base_model_name_or_path"]
     try:
         return folder(str(base))
     except ModelError as error:
@@ -121,26 +106,22 @@ def _base_of(described: Path, name: str) -> str:
         raise ModelError(f"cannot load adapter {name!r}: its base model {base!r} is missing. {hint}") from error
 
 
-def _adapted(loaded: Loaded, at: str, trust: bool) -> Loaded:
-    """A base model with an adapter of peft in its layers."""
+def _adapted(hf: Any, at: Path, trust: bool) -> Any:
+    """Put an adapter of peft into a model's layers; the tokenizer that came with it, if one did."""
     from transformers import AutoTokenizer
 
     try:
         from peft import PeftModel
     except ImportError as error:
         raise MissingExtra("peft", "train") from error
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        kind = PeftModel.from_pretrained(loaded.hf, at).active_peft_config
-    if lacking := [str(w.message) for w in said if "missing adapter keys" in str(w.message)]:
-        raise ModelError(f"cannot load adapter {at!r}: its files lack weights: {lacking[0][:200]}")
+    with warnings.catch_warnings(record=True, action="always") as said:
+        kind = PeftModel.from_pretrained(hf, str(at)).active_peft_config
+    for lacking in (str(w.message) for w in said if "missing adapter keys" in str(w.message)):
+        raise ValueError(f"its files lack weights: {lacking[:200]}")
     if kind.is_prompt_learning:
-        raise ModelError(
-            f"cannot load adapter {at!r}: {kind.peft_type.value} puts tokens before every text it is given."
-        )
-    if (Path(at) / "tokenizer_config.json").is_file():
-        loaded = replace(loaded, tokenizer=AutoTokenizer.from_pretrained(at, trust_remote_code=trust))
-    return replace(loaded, directory=Path(at)) if (Path(at) / DESCRIPTION).is_file() else loaded
+        raise ValueError(f"{kind.peft_type.value} puts tokens before every text it is given.")
+    own = (at / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(str(at), trust_remote_code=trust) if own else None
 
 
 def beside(name: str, file: str) -> Path | None:
@@ -171,39 +152,36 @@ def folder(name: str) -> str:
 def choose_dtype(asked: str, own: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why. "auto" takes the fastest in which a checkpoint's weights lose nothing.
 
-    Measured on a CPU with avx512_bf16 (Zen 4): bfloat16 matrices 2.2 times, prefill 1.7 to 1.9 times as fast as float32,
+    Measured on a CPU with avx512_bf16 (Zen 4): bfloat16 matrices 2.2 times, prefill 1.4 to 1.9 times as fast as float32,
     decoding as fast; float16 4 times slower. With AMX prefill is 3 times as fast."""
     if asked != "auto":
-        known = SHORT.get(asked, asked)
-        if known not in DTYPES:
+        if SHORT.get(asked, asked) not in DTYPES:
             raise SpecError(f"unknown dtype {asked!r}: use auto, {', '.join(DTYPES)}.")
-        return DTYPES[known], "as asked for"
-    name = str(own).removeprefix("torch.")
-    if device.type != "cpu":
-        return own, f"the checkpoint's own, on {device.type}"
+        return DTYPES[SHORT.get(asked, asked)], "as asked for"
     units = [flag for flag in UNITS if flag in _cpu_flags()]
-    if own == torch.bfloat16 and units:
-        return own, f"the checkpoint's own, and faster than float32 on a CPU with {units[0]}"
-    slow = "this CPU has no units for bfloat16" if own == torch.bfloat16 else f"the checkpoint is {name}"
-    return torch.float32, f"the fastest on this CPU that rounds no weight ({slow})"
+    if device.type != "cpu" or (own == torch.bfloat16 and units):
+        return own, f"the checkpoint's own, on {device.type if device.type != 'cpu' else f'a CPU with {units[0]}'}"
+    return (
+        torch.float32,
+        f"the fastest on this CPU that loses nothing of a {str(own).removeprefix('torch.')} checkpoint",
+    )
 
 
 def _cpu_flags() -> set[str]:
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return set()
+    known = Path("/proc/cpuinfo")
+    return set(known.read_text().split()) if known.is_file() else set()
 
 
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SpecError(f"device {device!r} was asked for, but no CUDA device is available.")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise SpecError(f"unknown device {device!r}: use auto, cpu or cuda.") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise SpecError(f"device {device!r} was asked for, but no CUDA device is available.")
+    return place
 
 
 @contextmanager
@@ -219,14 +197,13 @@ def _explained(what: str, name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # readers of weights raise whatever they like
-        text = str(error).strip()
+        text = str(error).strip() or type(error).__name__
         hint = "" if Path(name).exists() else " No such folder here; names without a folder are looked up on the hub."
         if "trust_remote_code" in text:
             hint = (
                 " It wants to run code of its own: if you trust it, pass trust_remote_code=True (--trust-remote-code)."
             )
-        line = (text.splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load {what}: {line}{hint}") from error
+        raise ModelError(f"cannot load {what}: {text.splitlines()[0]}{hint}") from error
     finally:
         if shown:
             bars.enable_progress_bar()

@@ -8,8 +8,7 @@ and the smallest fault that was tried, keys one position off, is at ten."""
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,8 +28,7 @@ LENGTH, ENCODED, AWAY = 48, 32, 9  # tokens of the trial, those encoded as a doc
 LONGER = 17  # tokens that the text goes on for where a model computes it in another way
 
 
-@dataclass(frozen=True, eq=False)
-class Own:
+class Own(NamedTuple):
     """What a model says of a text by itself: logits (tokens, vocab) float32, and its floor."""
 
     logits: Tensor
