@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from torch import nn
@@ -40,64 +41,45 @@ EXPERTS = (  # config fields that say how many experts a layer has, and how many
 
 def check_config(config: Any) -> None:
     """Raise ModelError, naming the config field, for a model whose document caches cannot be reused exactly."""
-    if config.model_type in POSITIONS:
-        raise ModelError(
-            f"config field model_type = {config.model_type!r} is refused: {POSITIONS[config.model_type]}; "
-            "Kvilt serves decoders with rotary position embedding."
+    kind, inner = config.model_type, getattr(config, "text_config", None)
+    if kind in POSITIONS:
+        raise _refused(
+            config, f"model_type = {kind!r}", f"{POSITIONS[kind]}; Kvilt serves decoders with rotary embedding"
         )
-    inner = getattr(config, "text_config", None)
     if inner is not None:
         check_config(inner)
         if not hasattr(config, "num_hidden_layers"):
-            raise ModelError(
-                f"{config.model_type} is refused: config field text_config: a model of several modalities; "
-                "load its language model alone."
-            )
-    _check_fields(config)
+            raise _refused(config, "text_config", "a model of several modalities; load its language model alone")
+    for field, why in REFUSED_FIELDS.items():
+        value = _value(config, field)
+        if value and not (field == "no_rope_layers" and all(value)):
+            raise _refused(config, f"{field} = {textwrap.shorten(repr(value), 40, placeholder='...')}", why)
+    if getattr(config, "position_embedding_type", "") == "alibi":
+        raise _refused(config, "position_embedding_type = 'alibi'", REFUSED_FIELDS["alibi"])
     _check_windows(config)
     check_rope_type(config)
 
 
-def _check_fields(config: Any) -> None:
-    for field, why in REFUSED_FIELDS.items():
-        value = _value(config, field)
-        if field == "no_rope_layers" and value is not None and all(value):
-            continue
-        if value:
-            raise ModelError(f"{config.model_type} is refused: config field {field} = {_short(value)}: {why}.")
-    if getattr(config, "position_embedding_type", "") == "alibi":
-        raise ModelError(f"{config.model_type} is refused: config field position_embedding_type = 'alibi'.")
-
-
 def _check_windows(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
-    odd = kinds - {"full_attention", "sliding_attention"}
-    if odd:
-        raise ModelError(
-            f"{config.model_type} is refused: config field layer_types holds {sorted(odd)}; only full attention is served."
-        )
+    if odd := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise _refused(config, f"layer_types holds {odd}", "only full attention is served")
     window = getattr(config, "sliding_window", None)
     active = window is not None and getattr(config, "use_sliding_window", True) is not False
-    active = active and window < config.max_position_embeddings and (not kinds or "sliding_attention" in kinds)
-    if active:
-        raise ModelError(
-            f"{config.model_type} is refused: config field sliding_window = {window} is active: a document would be hidden "
-            "from later tokens depending on where it stands."
-        )
+    if active and window < config.max_position_embeddings and (not kinds or "sliding_attention" in kinds):
+        why = "a document would be hidden from later tokens depending on where it stands"
+        raise _refused(config, f"sliding_window = {window} is active", why)
 
 
 def _value(config: Any, field: str) -> Any:
     try:
         return getattr(config, field, None)
     except Exception as error:  # transformers raises where layers differ in a field
-        raise ModelError(
-            f"{config.model_type} is refused: config field {field} differs from layer to layer."
-        ) from error
+        raise _refused(config, field, "it differs from layer to layer") from error
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _refused(config: Any, field: str, why: str) -> ModelError:
+    return ModelError(f"{config.model_type} is refused: config field {field}: {why}.")
 
 
 def costs(hf: Any) -> tuple[float, float]:
