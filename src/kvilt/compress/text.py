@@ -94,7 +94,7 @@ def _load(name: str, device: str) -> Classifier:
     from transformers import AutoConfig
 
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind not in FAMILIES:
             raise ValueError(f"it is of type {kind}, the package reads {', '.join(FAMILIES)}")
         package = llmlingua.PromptCompressor.__new__(llmlingua.PromptCompressor)

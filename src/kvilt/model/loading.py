@@ -29,8 +29,20 @@ logger = logging.getLogger("kvilt")
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
 ) -> tuple[Model, Any]:
-    """A model ready to serve, and its tokenizer. Raises ModelError when it cannot be loaded or served exactly."""
-    hf, tokenizer, known_as, reason = load_hf(name, dtype, device, trust_remote_code=trust_remote_code)
+    """A model ready to serve, and its tokenizer, from a folder, a hub name, or a folder with an adapter of peft.
+
+    `dtype` "auto" is the checkpoint's own on CUDA; on a CPU bfloat16 where checkpoint and CPU are made for it, else float32.
+    Code that comes with a model runs only with `trust_remote_code`. Raises ModelError where something cannot be loaded, or
+    not be served exactly."""
+    place, name = _device(device), folder(name)
+    with _explained(f"model {name!r}", name):
+        described = beside(name, "adapter_config.json")
+    base = name if described is None else _base_of(described, name)
+    what = f"model {name!r}" if described is None else f"base model {base!r} of adapter {name!r}"
+    hf, tokenizer, known_as, reason = _load(base, what, dtype, place, trust_remote_code)
+    if described is not None:
+        with _explained(f"adapter {name!r}", name):
+            tokenizer = _adapted(hf, described.parent, trust_remote_code) or tokenizer
     model = _proved(hf, tokenizer, known_as)
     model.dtype_reason = reason
     logger.info("computing in %s: %s", str(hf.dtype).removeprefix("torch."), reason)
@@ -46,6 +58,9 @@ def wrap(hf: Any, tokenizer: Any) -> Model:
 
 def _proved(hf: Any, tokenizer: Any, known_as: Identity) -> Model:
     fit.check_config(hf.config)
+    with suppress(OSError, ValueError):  # a model in memory may have any name
+        if hf.name_or_path and (described := beside(hf.name_or_path, DESCRIPTION)):
+            hf.name_or_path = str(described.parent)  # of a hub name: where strategies and trainers find it
     note = f"{known_as.digest} {proof.facts(hf)}" if known_as.folder is not None else None
     own = None if note and identity.recall(note) == PROVED else proof.own(hf)
     model = Model(hf, identity.tokenizer_digest(tokenizer), known_as)
@@ -53,29 +68,7 @@ def _proved(hf: Any, tokenizer: Any, known_as: Identity) -> Model:
         proof.check(model, own)
         if note:
             identity.remember(note, PROVED)
-    with suppress(OSError, ValueError):  # of a model in memory, whose name may be no name
-        described = beside(str(hf.name_or_path), DESCRIPTION) if hf.name_or_path else None
-        model.directory = str(described.parent) if described else model.directory
     return model
-
-
-def load_hf(
-    name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
-) -> tuple[Any, Any, Identity, str]:
-    """A model of transformers, its tokenizer, what it is called in keys, and why it computes in its dtype.
-
-    `name` is a folder, a hub name, or a folder with an adapter of peft. `dtype` "auto" is the checkpoint's own on CUDA; on a CPU
-    bfloat16 where checkpoint and CPU are made for it, else float32. Code that comes with a model runs only with
-    `trust_remote_code`. Raises ModelError where something cannot be loaded."""
-    place, name = _device(device), folder(name)
-    with _explained(f"model {name!r}", name):
-        described = beside(name, "adapter_config.json")
-    if described is None:
-        return _load(name, f"model {name!r}", dtype, place, trust_remote_code)
-    base = _base_of(described, name)
-    hf, tokenizer, *rest = _load(base, f"base model {base!r} of adapter {name!r}", dtype, place, trust_remote_code)
-    with _explained(f"adapter {name!r}", name):
-        return hf, _adapted(hf, described.parent, trust_remote_code) or tokenizer, *rest
 
 
 def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) -> tuple[Any, Any, Identity, str]:
