@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from kvilt import registry
 from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
-from kvilt.plan import Segment
+from kvilt.model import proof
 from kvilt.types import Document
 
 REFERENCE = "full"
@@ -56,10 +56,7 @@ def made_up(engine: Engine, documents: Sequence[Document]) -> list[str]:
     """A question about each document, asked by the model itself; where it asks nothing, a plain one."""
     full = engine.with_strategy(REFERENCE, compress="")
     texts = [full.answer(REQUEST, [d], max_new_tokens=QUESTION_TOKENS).text.strip() for d in documents]
-    asked = [
-        text.splitlines()[0] if text else f"What is said about {d.title or 'it'}?"
-        for text, d in zip(texts, documents, strict=True)
-    ]
+    asked = [text.splitlines()[0] if text else "What is said there?" for text in texts]
     return list(dict.fromkeys(asked))
 
 
@@ -73,14 +70,13 @@ def targets(engine: Engine, documents: Sequence[Document], questions: Sequence[s
 
 
 def floor(engine: Engine, documents: Sequence[Document], against: Sequence[Target]) -> Closeness:
-    """Full recompute beside itself, run as one dense pass: what rounding alone makes of the figures."""
+    """Full recompute beside the model's own attention, in a batch of two: what rounding alone makes of the figures."""
     full, scored = engine.with_strategy(REFERENCE, compress=""), []
     for t in against:
-        plan = full.plan(t.question, documents)
-        forced = Segment(torch.tensor(t.tokens[:-1], dtype=torch.long), plan.end, name="answer")
-        plan = replace(plan, segments=(*plan.segments, forced)) if forced.length else plan
-        scored.append(engine.model.dense(plan.dense(), plan.learned)[-len(t.tokens) :])
-    return _closeness("full, as one dense pass", against, scored, 1.0, against[0].text)
+        prompt = [s.tokens for s in full.plan(t.question, documents).segments]
+        ids = torch.cat([*prompt, torch.tensor(t.tokens[:-1], dtype=torch.long)])  # (prompt and answer,)
+        scored.append(proof.logits(engine.model.hf, ids, ids.flip(0))[-len(t.tokens) :].cpu())
+    return _closeness("full, the model's own way", against, scored, 1.0, against[0].text)
 
 
 def compare(

@@ -29,30 +29,34 @@ def verify(options: Run, paths: Sequence[str], questions: Sequence[str], limit: 
         rows = [comparison.floor(engine, documents, wanted)]
         rows += comparison.compare(engine, options.strategy, documents, wanted, meter)
     passed = all(r.passed for r in results)
+    dtype, why = str(engine.model.shape.dtype).removeprefix("torch."), engine.model.dtype_reason
     data = {
         "passed": passed,
-        "dtype": str(engine.model.shape.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "dtype_reason": why,
         "gates": [{**asdict(r), "passed": r.passed} for r in results],
         "questions": [{"question": t.question, "answer": t.text, "tokens": len(t.tokens)} for t in wanted],
         "strategies": [asdict(r) for r in rows],
     }
-    show.out(options.json, data, _verified(results, wanted, rows))
+    show.out(options.json, data, _verified(f"Computed in {dtype}: {why}.", results, wanted, rows))
     return passed
 
 
 def _verified(
-    results: Sequence[GateResult], wanted: Sequence[comparison.Target], rows: Sequence[Closeness]
+    computed: str, results: Sequence[GateResult], wanted: Sequence[comparison.Target], rows: Sequence[Closeness]
 ) -> Iterator[str]:
     checks = [
-        (r.gate, "passed" if r.passed else "FAILED", f"{r.worst:.1e}", f"{r.tolerance:.0e}", r.title) for r in results
+        (r.gate, "passed" if r.passed else "FAILED", *(f"{x:.1e}" for x in (r.worst, r.tolerance, r.floor)), r.title)
+        for r in results
     ]
-    yield from show.table(("gate", "", "worst>", "tolerance>", "what must hold"), checks)
-    yield ""
-    yield f"Answers of full recompute to {len(wanted)} questions:"
-    for target in wanted:
-        yield f"  {target.question[:WIDEST]}  ->  {target.text[:WIDEST]}"
-    yield ""
-    yield "Every strategy beside them; the first row is what rounding alone does. A method's distance is its own:"
+    yield from (computed, "")
+    yield from show.table(("gate", "", "off by>", "allowed>", "own noise>", "what must hold"), checks)
+    yield from ("", f"Answers of full recompute to {len(wanted)} questions:")
+    yield from (f"  {target.question[:WIDEST]}  ->  {target.text[:WIDEST]}" for target in wanted)
+    yield from (
+        "",
+        "Every strategy beside them; the first row is the noise of rounding. A method's distance is its own:",
+    )
     heads = ("strategy", "same answers>", "same tokens>", "KL nats/token>", "charged>", "answer to the first question")
     yield from show.table(heads, [(r.strategy, *_figures(r)) for r in rows])
 
@@ -60,13 +64,8 @@ def _verified(
 def _figures(row: Closeness) -> tuple[str, ...]:
     if row.note:
         return "", "", "", "", row.note
-    return (
-        f"{row.same_answers:.0%}",
-        f"{row.agreement:.0%}",
-        f"{row.kl:.2g}",
-        f"{row.charged:.1%}",
-        row.text[:WIDEST],
-    )
+    shares = (f"{share:.0%}" for share in (row.same_answers, row.agreement))
+    return *shares, f"{row.kl:.1e}", f"{row.charged:.1%}", row.text[:WIDEST]
 
 
 def diagnose(options: Run, paths: Sequence[str]) -> bool:

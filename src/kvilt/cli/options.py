@@ -105,12 +105,12 @@ class Loaded(Named):
     def load(self, strategy: object, store: object = "memory", **more: Any) -> Engine:
         """An engine with the model. Raises UserError where it cannot be loaded."""
         name = self.named()
-        more |= {"trust_remote_code": True} if self.trust_remote_code else {}
         with talk.meter(f"loading {name}"):
             from kvilt.engine.engine import Engine
 
             talk.silence_libraries(self.verbose, self.quiet)
-            more |= {"system": self.system, "dtype": self.dtype, "device": self.device}
+            more["system"] = more.get("system") if self.system is None else self.system
+            more |= {o: getattr(self, o) for o in ("dtype", "device", "trust_remote_code")}
             return Engine.load(name, strategy, store, **more)  # type: ignore[arg-type]
 
 

@@ -144,7 +144,7 @@ class Encoder:
         e = self.encoding
         around = len(e.before) + len(e.after) + e.anchors_of(len(ids))
         if len(ids) + around > self.model.context_length:
-            name = document.id or document.title or document.text
+            name = document.id or document.title or document.text[:40]
             raise DocumentError(
                 f"document {name!r} has {len(ids)} tokens, the model's context holds "
                 f"{self.model.context_length - around}. Split it."
