@@ -101,8 +101,13 @@ class BlobStore(ABC):
         """Release files and connections; the store may be used again."""
 
 
+def is_key(key: object) -> bool:
+    """Whether something is 64 hex digits."""
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
     """The key itself, if it is one. Raises StoreError."""
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
+    if not is_key(key):
         raise StoreError(f"{key!r:.80} is no key of a stored document: a key is 64 hex digits (0-9, a-f).")
     return key

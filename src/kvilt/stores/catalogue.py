@@ -1,7 +1,7 @@
-"""What is known of stored documents beside their bytes: uses, pins, time to live, budgets, quotas.
+"""Blobs within a budget and quotas, and what is known of them: uses, pins, time to live, totals.
 
-Nothing in it is precious: it is built anew from the headers of the blobs whenever it is missing or damaged. Uses are
-gathered in memory and written a little later, so that answering never waits for it.
+Nothing in a catalogue is precious: it is built anew from the headers of the blobs whenever it is missing or damaged.
+Uses are gathered in memory and written a little later, so that answering never waits for it.
 """
 
 from __future__ import annotations
@@ -9,110 +9,132 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
+import logging
 import sqlite3
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from kvilt.errors import StoreUnavailable
-from kvilt.stores.database import Damage, Database
-from kvilt.stores.policy import make_policy
+from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
+from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob
+from kvilt.stores.database import MOMENT, PATIENCE, Damage, Database
+from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
 
+log = logging.getLogger("kvilt")
+
+Limit = Callable[[int], int]  # bytes that a store may hold, given the bytes it holds
+
 FLUSH_SECONDS = 2.0
-_SCHEMA = (
-    "CREATE TABLE entries (key TEXT PRIMARY KEY, bytes INTEGER, tokens INTEGER, title TEXT, namespace TEXT, "
-    "created REAL, used REAL, hits INTEGER, pinned INTEGER, expires REAL, fields TEXT, score REAL)",
-    "CREATE INDEX by_score ON entries (pinned, score, used)",
-    "CREATE INDEX by_namespace ON entries (namespace, pinned, score, used)",
-    "CREATE INDEX by_expiry ON entries (expires) WHERE expires IS NOT NULL",
-    "CREATE TABLE totals (namespace TEXT PRIMARY KEY, entries INTEGER, bytes INTEGER)",  # '' is the whole store
-    "CREATE TRIGGER added AFTER INSERT ON entries BEGIN "
-    "INSERT INTO totals VALUES (NEW.namespace, 1, NEW.bytes), ('', 1, NEW.bytes) "
-    "ON CONFLICT DO UPDATE SET entries = entries + 1, bytes = bytes + excluded.bytes; END",
-    "CREATE TRIGGER removed AFTER DELETE ON entries BEGIN UPDATE totals SET entries = entries - 1, "
-    "bytes = bytes - OLD.bytes WHERE namespace IN (OLD.namespace, ''); END",
-    "CREATE TABLE counters (name TEXT PRIMARY KEY, value REAL)",
-    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT)",
-    "INSERT INTO totals VALUES ('', 0, 0)",
-)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored document. Times are seconds since the epoch."""
-
-    key: str  # digest
-    bytes: int
-    tokens: int
-    title: str = ""
-    namespace: str = "shared"
-    created: float = 0.0
-    used: float = 0.0
-    hits: int = 0
-    pinned: bool = False
-    expires: float | None = None
-    fields: dict[str, str] = field(default_factory=dict)  # the key's identity in clear
-
-    def alive(self, now: float) -> bool:
-        """Whether it may be served; a pin outlasts the time to live."""
-        return self.expires is None or self.expires > now or self.pinned
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """Totals of a store."""
-
-    entries: int
-    bytes: int
-    budget: int | None = None
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    damaged: int = 0
-
-
-class Pins(Protocol):
-    """The keys that users want kept: a set, or what outlives this process."""
-
-    def __contains__(self, key: object, /) -> bool: ...
-    def add(self, key: str, /) -> None:
-        """Pin a key."""
-
-    def discard(self, key: str, /) -> None:
-        """Unpin a key."""
-
-
-Scan = Callable[[Container[str], Callable[[str], None]], Iterable[Entry]]  # documents not known yet; notes damage
-Remove = Callable[[str], object]  # deletes a blob
-Limit = Callable[[int], int | None]  # bytes a store may hold, given the bytes it holds
+POLICIES = {  # scores in SQL: the lowest goes first, among equals the one unused for longest
+    "lru": "0",
+    "lfu": "hits",
+    # GDSF: frequency x cost / size over a clock that rises; the cost of losing a document is encoding its tokens again
+    "greedy-dual": "(SELECT value FROM counters WHERE name = 'clock') + (hits + 1.0) * tokens / MAX(bytes, 1)",
+}
 _COLUMNS = tuple(Entry.__dataclass_fields__)
+_SCHEMA = f"""
+CREATE TABLE entries ({", ".join(_COLUMNS)}, score, PRIMARY KEY (key))
+
+CREATE INDEX by_score ON entries (pinned, score, used)
+
+CREATE INDEX by_namespace ON entries (namespace, pinned, score, used)
+
+CREATE INDEX by_expiry ON entries (expires) WHERE expires IS NOT NULL
+
+CREATE TABLE counters (name PRIMARY KEY, value)
+
+CREATE TABLE totals (namespace PRIMARY KEY, entries, bytes)
+
+CREATE TRIGGER added AFTER INSERT ON entries BEGIN
+INSERT INTO totals VALUES (NEW.namespace, 1, NEW.bytes), ('', 1, NEW.bytes)
+ON CONFLICT DO UPDATE SET entries = entries + 1, bytes = bytes + excluded.bytes; END
+
+CREATE TRIGGER removed AFTER DELETE ON entries BEGIN
+UPDATE totals SET entries = entries - 1, bytes = bytes - OLD.bytes WHERE namespace IN (OLD.namespace, ''); END
+"""  # of the totals '' is the whole store's
 
 
-class Catalogue(Database):
-    """The catalogue of one blob store, in a SQLite file or (without `path`) in memory."""
+class Catalogue(Database, BlobStore):
+    """A blob store that keeps to limits, and remembers what users want of each blob and how often it was used."""
 
     version = 1
 
     def __init__(
-        self, path: Path | None, scan: Scan, policy: str, budget: Limit, quota: int | None, pins: Pins | None = None
+        self,
+        blobs: BlobStore,
+        pins: BlobStore,
+        path: Path | None = None,
+        policy: str = "lru",
+        budget: int | Limit | None = None,
+        quota: int | None = None,
+        describe: Describe = describe,
     ) -> None:
         super().__init__(path)
-        self.pins: Pins = set() if pins is None else pins
-        self._scan, self._budget, self._quota = scan, budget, quota
-        self._policy, self._score = policy, make_policy(policy)
-        self._rescored = False
+        self.blobs, self.describe = blobs, describe
+        self.pins = pins  # an empty blob for each: they outlive the catalogue, and a damaged document
+        self.memo: MutableMapping[str, Any] = {}  # what the store remembers of blobs it opened
+        self._budget, self._quota = budget, quota
+        self._policy = policy
+        if policy not in POLICIES:
+            known = ", ".join(POLICIES)
+            raise SpecError(f"unknown eviction policy {policy!r}.{did_you_mean(policy, POLICIES)} Known: {known}.")
         self._events: deque[tuple[str, str, float]] = deque()
         self._due = False
 
+    def get_many(self, keys: Sequence[str]) -> Blobs:
+        return self.blobs.get_many(keys)
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        return self.blobs.contains(keys)
+
+    def list(self) -> Iterator[tuple[str, int]]:
+        return self.blobs.list()
+
+    def put(self, key: str, data: Sequence[memoryview]) -> bool:
+        """Make room, enter it, then store it: a process that dies in between leaves the store smaller, not too large."""
+        if self.blobs.contains([key]):
+            return False
+        pinned, made = bool(self.pins.contains([key])), False
+        entry = replace(self.describe(key, MemoryBlob(data)), pinned=pinned)
+        self.flush()
+        self.write(lambda db: self._enter(db, entry))
+        try:
+            made = self.blobs.put(key, data)
+            self.write(lambda db: self._enter(db, entry, again=True))  # it may have been lost meanwhile
+        except BaseException:
+            if made:
+                self.blobs.delete(key)
+            self._forget({key} - self.blobs.contains([key]))
+            raise
+        return made
+
+    def delete(self, key: str) -> bool:
+        there = self._drop(key)
+        self.pins.delete(key)
+        self._forget([key])
+        return there
+
+    def set_aside(self, key: str, reason: str) -> bool:
+        there = self.blobs.set_aside(key, reason)
+        self.memo.pop(key, None)
+        self._forget([key])
+        for _ in range(there):
+            self.note("damaged")
+        return there
+
+    def close(self) -> None:
+        self.flush(MOMENT)
+        self.disconnect()
+        self.blobs.close()
+
     def note(self, what: str, key: str = "") -> None:
         """Count one of "hits" (of `key`), "misses" or "damaged", without waiting for anything."""
-        self._after_fork()
+        self.after_fork()
         self._events.append((what, key, time.time()))
         if not self._due:
             self._due, timer = True, threading.Timer(FLUSH_SECONDS, self.flush, [0.0])
@@ -120,162 +142,145 @@ class Catalogue(Database):
             with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends; `close` writes then
                 timer.start()
 
-    def flush(self, patience: float | None = None) -> None:
-        """Write what was noted, if nobody else writes for longer than `patience`; else it is kept for the next time."""
+    def flush(self, patience: float = PATIENCE) -> None:
+        """Write what was noted; while another process does not let us it is kept for the next time."""
         self._due = False
-        if self._events:
+        if self._events and (self.path is None or self.path.parent.is_dir()):
             with contextlib.suppress(StoreUnavailable):
                 self.write(self._flush, patience)
 
-    def reserve(self, entry: Entry, remove: Remove) -> None:
-        """Enter a document that is about to be stored, after making room for it. Raises StoreUnavailable."""
-
-        def work(db: sqlite3.Connection) -> None:
-            self._rescore(db)
-            db.execute("DELETE FROM entries WHERE key = ?", (entry.key,))  # of a blob that vanished
-            self._make_room(db, entry.bytes, entry.namespace, remove)
-            self._insert(db, [entry])
-
-        self.flush()
-        self.write(work)
-
-    def settle(self, entry: Entry, remove: Remove) -> None:
-        """Make sure that a document stored just now is entered still, whatever other processes did meanwhile."""
-        if self.row(entry.key) is None:
-            self.reserve(entry, remove)
-
-    def adopt(self) -> None:
-        """Enter documents that are stored but not entered."""
-        known = self.rows()
-        unknown = list(self._scan(known, self.note))
-        self.write(lambda db: self._insert(db, unknown))
-
-    def shrink(self, remove: Remove) -> int:
-        """Bring the store and every namespace within their limits; bytes freed."""
-
-        def work(db: sqlite3.Connection) -> int:
-            self._rescore(db)
-            names = [name for (name,) in db.execute("SELECT namespace FROM totals WHERE bytes > 0 AND namespace != ''")]
-            return sum(self._make_room(db, 0, name, remove) for name in names)
-
-        self.flush()
-        return self.write(work)
-
-    def remove(self, keys: Iterable[str]) -> None:
-        """Forget documents."""
-        gone = [(key,) for key in keys]
-        if gone:
-            self.write(lambda db: db.executemany("DELETE FROM entries WHERE key = ?", gone))
-
-    def pin(self, key: str, pinned: bool) -> None:
-        """Keep a document from eviction and expiry, or no longer; outlives the document's repair."""
-
-        def work(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE entries SET pinned = ? WHERE key = ?", (pinned, key))
-            (self.pins.add if pinned else self.pins.discard)(key)
-
-        self.write(work)
-
-    def rows(self) -> dict[str, Entry]:
-        """All documents by key."""
+    def rows(self, condition: str = "TRUE", *values: object) -> dict[str, Entry]:
+        """Documents by key, all or those of an SQL condition. Raises StoreUnavailable."""
         self.flush(0.0)
-        return self.read(lambda db: {row[0]: _entry(row) for row in db.execute("SELECT * FROM entries")})
+        return self.read(lambda db: _entries(db, condition, *values))
 
-    def row(self, key: str) -> Entry | None:
-        """One document."""
-        self.flush(0.0)
-        row = self.read(lambda db: db.execute("SELECT * FROM entries WHERE key = ?", (key,)).fetchone())
-        return None if row is None else _entry(row)
-
-    def expired(self) -> set[str]:
-        """Documents whose time has passed and that are not pinned."""
-        query, now = "SELECT key FROM entries INDEXED BY by_expiry WHERE expires <= ? AND NOT pinned", time.time()
-        return self.read(lambda db: {key for (key,) in db.execute(query, (now,))})
+    def look(self, key: str) -> Entry | None:
+        """A document as it tells itself; None if it is gone, unreadable now or another version's. Raises DamagedCache."""
+        (blob,) = self.blobs.get_many([key])
+        try:
+            return None if blob is None else replace(self.describe(key, blob), pinned=bool(self.pins.contains([key])))
+        except (OtherVersion, OSError) as error:
+            log.info("stored document %s is left alone: %s", key[:16], error)
+            return None
 
     def stats(self) -> StoreStats:
-        """Totals since the catalogue was built."""
+        """Totals since the catalogue was built. Raises StoreUnavailable."""
         self.flush(0.0)
         names = ("hits", "misses", "evictions", "damaged")
-        count = self.read(lambda db: dict(db.execute("SELECT name, value FROM counters")))
+        counts = self.read(lambda db: [int(_value(db, name)) for name in names])
         entries, held = self.read(lambda db: _held(db, ""))
-        return StoreStats(entries, held, self._budget(held), *(int(count.get(name, 0)) for name in names))
+        return StoreStats(entries, held, self._limit(held), *counts)
 
-    def close(self) -> None:
-        """Write what is pending and close the file; the next use opens it again."""
-        self.flush()
-        super().close()
+    def pin(self, key: str, pinned: bool) -> None:
+        """Keep a document from eviction and expiry, or no longer. Raises StoreUnavailable."""
+
+        def work(db: sqlite3.Connection) -> bool:
+            db.execute("UPDATE entries SET pinned = ? WHERE key = ?", (pinned, key))
+            return self.pins.put(key, []) if pinned else self.pins.delete(key)
+
+        self.write(work)
+
+    def gc(self) -> int:
+        """Drop what is expired, left behind or over a limit, and enter what is not entered; bytes freed."""
+        freed, there, rows = self.blobs.sweep(), {key for key, _ in self.blobs.list()}, self.rows()
+        self._forget(rows.keys() - there)
+        unknown = [*self._survey(there - rows.keys())]
+        self.write(lambda db: self._insert(db, unknown))
+        over = self.rows("expires <= ? AND NOT pinned", time.time())
+        freed += sum(row.bytes for key, row in over.items() if self._drop(key))
+        self._forget(over)
+        return freed + self.write(self._shrink)
 
     def build(self, db: sqlite3.Connection) -> None:
-        for statement in _SCHEMA:
+        for statement in _SCHEMA.strip().split("\n\n"):
             db.execute(statement)
-        self._insert(db, self._scan((), self.note))
+        _set(db, "clock", 0.0)
+        if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
+            self._insert(db, self._survey([key for key, _ in self.blobs.list()]))
 
-    def prepare(self, db: sqlite3.Connection) -> None:
-        db.create_function("score", 4, self._score, deterministic=True)
-
-    def _after_fork(self) -> None:
-        if self._pid != os.getpid():
+    def after_fork(self) -> bool:
+        if forked := super().after_fork():
             self._events.clear()  # the parent writes them
             self._due = False
-        super()._after_fork()
+        return forked
 
-    def _flush(self, db: sqlite3.Connection) -> None:
-        events = [self._events.popleft() for _ in range(len(self._events))]
-        try:
-            for name, number in Counter(what for what, _, _ in events).items():
-                _count(db, name, number)
-            last = {key: moment for _, key, moment in events}
-            clock = _clock(db)
-            hits = Counter(key for what, key, _ in events if what == "hits")
-            db.executemany(
-                "UPDATE entries SET hits = hits + ?1, used = MAX(used, ?2), "
-                "score = score(hits + ?1, tokens, bytes, ?3) WHERE key = ?4",
-                [(number, last[key], clock, key) for key, number in sorted(hits.items(), key=lambda h: last[h[0]])],
-            )
-        except BaseException:
-            self._events.extendleft(reversed(events))
-            raise
+    def _drop(self, key: str) -> bool:
+        self.memo.pop(key, None)
+        return self.blobs.delete(key)
 
-    def _rescore(self, db: sqlite3.Connection) -> None:
-        """Every score is of the policy in use, also where the store was last written with another."""
-        if not self._rescored:
-            stored = db.execute("SELECT value FROM settings WHERE name = 'policy'").fetchone()
-            if stored != (self._policy,):
-                db.execute("UPDATE entries SET score = score(hits, tokens, bytes, 0.0)")
-                db.execute("INSERT OR REPLACE INTO settings VALUES ('policy', ?)", (self._policy,))
-            self._rescored = True
+    def _forget(self, keys: Iterable[str]) -> None:
+        """Rows of blobs that are gone do no harm but take room, so they may stay until the next `gc`."""
+        gone = [(key,) for key in keys]
+        with contextlib.suppress(StoreUnavailable):
+            self.write(lambda db: db.executemany("DELETE FROM entries WHERE key = ?", gone))
+
+    def _survey(self, keys: Iterable[str]) -> Iterator[Entry]:
+        """Documents as they tell themselves; damaged ones are set aside."""
+        for key in keys:
+            try:
+                if entry := self.look(key):
+                    yield entry
+            except DamagedCache as error:
+                with contextlib.suppress(StoreUnavailable):
+                    log.warning("%s; it is set aside", error)
+                    if self.blobs.set_aside(key, error.reason):
+                        self.note("damaged")
+
+    def _limit(self, held: int) -> int | None:
+        return self._budget(held) if callable(self._budget) else self._budget
+
+    def _enter(self, db: sqlite3.Connection, entry: Entry, again: bool = False) -> None:
+        if not (again and _entries(db, "key = ?", entry.key)):
+            db.execute("DELETE FROM entries WHERE key = ?", (entry.key,))  # of a blob that vanished
+            self._evict(db, entry.bytes, entry.namespace)
+            self._insert(db, [entry])
+
+    def _shrink(self, db: sqlite3.Connection) -> int:
+        names = db.execute("SELECT namespace FROM totals WHERE bytes > 0 AND namespace != ''").fetchall()
+        return sum(self._evict(db, 0, name) for (name,) in names)
+
+    def _score(self, db: sqlite3.Connection, condition: str = "TRUE", *values: object) -> None:
+        db.execute(f"UPDATE entries SET score = {POLICIES[self._policy]} WHERE {condition}", values)
 
     def _insert(self, db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
-        clock = _clock(db)
         for entry in entries:
-            values = {**vars(entry), "fields": json.dumps(entry.fields), "pinned": entry.key in self.pins}
-            score = self._score(entry.hits, entry.tokens, entry.bytes, clock)
-            row = (*(values[name] for name in _COLUMNS), score)
-            db.execute("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            row = {**vars(entry), "fields": json.dumps(entry.fields), "score": 0.0}
+            db.execute(f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(row))})", (*row.values(),))
+            self._score(db, "key = ?", entry.key)
 
-    def _make_room(self, db: sqlite3.Connection, size: int, namespace: str, remove: Remove) -> int:
-        """Evict until `size` more bytes fit; bytes freed. Nothing is evicted for what cannot fit."""
+    def _flush(self, db: sqlite3.Connection) -> None:
+        for _ in range(len(self._events)):
+            what, key, moment = self._events.popleft()
+            _set(db, what, _value(db, what) + 1)
+            if key:
+                db.execute("UPDATE entries SET hits = hits + 1, used = MAX(used, ?) WHERE key = ?", (moment, key))
+                self._score(db, "key = ?", key)
+
+    def _evict(self, db: sqlite3.Connection, size: int, namespace: str) -> int:
+        """Make room for `size` more bytes; bytes freed. Nothing is evicted for what cannot fit."""
+        if _value(db, "policy") != self._policy:  # the store was last written with another
+            self._score(db)
+            _set(db, "policy", self._policy)
         chosen: dict[str, tuple[int, float]] = {}  # bytes, score
-        budget = self._budget(_held(db, "")[1])
-        for name, limit, scope in (("quota", self._quota, namespace), ("budget", budget, "")):
+        limits = ("quota", self._quota, namespace), ("budget", self._limit(_held(db, "")[1]), "")
+        for name, limit, scope in limits:
             if limit is None:
                 continue
             excess = _held(db, scope)[1] + size - limit - sum(held for held, _ in chosen.values())
-            if excess > 0 and size <= limit:
-                for key, held, score in _ranked(db, scope):
-                    if key not in chosen:
-                        chosen[key], excess = (held, score), excess - held
-                    if excess <= 0:
-                        break
+            for key, held, score in _ranked(db, scope) if excess > 0 and size <= limit else ():
+                if key not in chosen:
+                    chosen[key], excess = (held, score), excess - held
+                if excess <= 0:
+                    break
             if excess > 0 and size:
-                raise StoreUnavailable(_no_room(name, limit, size))
-        for key in chosen:
-            remove(key)
-        if chosen:
-            db.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in chosen])
-            _count(db, "evictions", len(chosen))
-            clock = max(_clock(db), *(score for _, score in chosen.values()))
-            db.execute("INSERT OR REPLACE INTO counters VALUES ('clock', ?)", (clock,))
+                why = "it is larger than that" if size > limit else "the rest is pinned"
+                what = f"a document of {show_size(size)} does not fit the store's {name} of {show_size(limit)}: {why}"
+                raise StoreUnavailable(f"{what}. Raise the {name}, or unpin documents.")
+        for key, (_, score) in chosen.items():
+            self._drop(key)
+            db.execute("DELETE FROM entries WHERE key = ?", (key,))
+            _set(db, "clock", max(_value(db, "clock"), score))  # so that old fame fades under greedy-dual
+        _set(db, "evictions", _value(db, "evictions") + len(chosen))
         return sum(held for held, _ in chosen.values())
 
 
@@ -289,32 +294,24 @@ def _ranked(db: sqlite3.Connection, namespace: str) -> Iterator[tuple[str, int, 
 
 def _held(db: sqlite3.Connection, namespace: str) -> tuple[int, int]:
     """Documents and bytes of a namespace, of the whole store for ''."""
-    row = db.execute("SELECT entries, bytes FROM totals WHERE namespace = ?", (namespace,)).fetchone()
-    return row or (0, 0)
+    query = "SELECT entries, bytes FROM totals WHERE namespace = ?"
+    return db.execute(query, (namespace,)).fetchone() or (0, 0)
 
 
-def _clock(db: sqlite3.Connection) -> float:
-    """The highest score evicted so far, so that old fame fades under greedy-dual."""
-    row = db.execute("SELECT value FROM counters WHERE name = 'clock'").fetchone()
-    return 0.0 if row is None else float(row[0])
+def _value(db: sqlite3.Connection, name: str) -> Any:
+    row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
+    return row[0] if row else 0
 
 
-def _count(db: sqlite3.Connection, name: str, number: int) -> None:
-    query = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
-    db.execute(query, (name, number))
+def _set(db: sqlite3.Connection, name: str, value: object) -> None:
+    db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, value))
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    values = dict(zip(_COLUMNS, row, strict=False))
+def _entries(db: sqlite3.Connection, condition: str = "TRUE", *values: object) -> dict[str, Entry]:
     try:
-        return Entry(**{**values, "pinned": bool(values["pinned"]), "fields": json.loads(values["fields"])})
+        query = f"SELECT {', '.join(_COLUMNS)} FROM entries WHERE {condition}"
+        rows = [dict(zip(_COLUMNS, row, strict=True)) for row in db.execute(query, values)]
+        made = [Entry(**{**r, "pinned": bool(r["pinned"]), "fields": json.loads(r["fields"])}) for r in rows]
     except (ValueError, TypeError) as error:
         raise Damage(f"an entry is malformed: {error}") from error
-
-
-def _no_room(name: str, limit: int, size: int) -> str:
-    why = "it is larger than that" if size > limit else "the rest is pinned"
-    return (
-        f"a document of {show_size(size)} does not fit the store's {name} of {show_size(limit)}: {why}. "
-        f"Raise the {name}, or unpin documents."
-    )
+    return {entry.key: entry for entry in made}

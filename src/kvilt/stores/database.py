@@ -1,12 +1,11 @@
 """A SQLite database that may vanish, be damaged or be locked at any time, because it can be built anew.
 
-Whoever reads never waits for another process; whoever writes waits a few seconds, and then says so.
+Nobody waits long for another process: who reads a moment, who writes a few seconds, and then they are told.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import sqlite3
@@ -23,11 +22,9 @@ from kvilt.errors import StoreUnavailable
 T = TypeVar("T")
 log = logging.getLogger("kvilt")
 
-PATIENCE = 5.0  # seconds that a write waits for other processes
-RETRY = 60.0  # seconds after which a file that could not be used is tried again
+PATIENCE, MOMENT = 5.0, 0.1  # seconds that writing and reading wait for other processes
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
-_FILES = ("", "-wal", "-shm", "-journal")
 
 
 class Damage(sqlite3.DatabaseError):
@@ -36,23 +33,16 @@ class Damage(sqlite3.DatabaseError):
     sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
-class _Busy(sqlite3.OperationalError):
-    """Another process is writing."""
-
-    sqlite_errorcode = sqlite3.SQLITE_BUSY
-
-
 class Database(ABC):
     """One connection, shared by threads, to a file or (`path` None, or a file that cannot be used) to memory."""
 
     version: ClassVar[int]
-    _inherited: ClassVar[list[sqlite3.Connection]] = []  # a forked child neither uses nor closes its parent's
+    _inherited: ClassVar[list[sqlite3.Connection | None]] = []  # a forked child neither uses nor closes its parent's
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self.path = path
         self._db: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None  # device and inode of the open file; None is memory
-        self._retry = 0.0
+        self._file: tuple[int, int] | None = None  # device and inode of what is open; None: memory
         self._patience = PATIENCE
         self._pid = os.getpid()
         self._lock = threading.RLock()  # never held while waiting for another process
@@ -61,168 +51,120 @@ class Database(ABC):
     def build(self, db: sqlite3.Connection) -> None:
         """Fill an empty database."""
 
-    @abstractmethod
-    def prepare(self, db: sqlite3.Connection) -> None:
-        """Ready a connection."""
+    def write(self, work: Callable[[sqlite3.Connection], T], patience: float = PATIENCE) -> T:
+        """Do `work` alone. Raises StoreUnavailable when another process does not let us."""
+        return self._run(work, "BEGIN EXCLUSIVE", patience)  # so that COMMIT cannot fail for somebody who reads
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do `work` on what was last written, without waiting for other processes. Raises StoreUnavailable."""
-        try:
-            return self._run(work, "BEGIN")
-        except _Busy as busy:
-            raise StoreUnavailable(f"{self._path} is locked by another process.") from busy
+        """Do `work`, which changes nothing. Raises StoreUnavailable when another process does not let us."""
+        return self._run(work, "BEGIN", MOMENT)
 
-    def write(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
-        """Do `work` alone, after waiting at most so many seconds. Raises StoreUnavailable."""
-        until = time.monotonic() + (self._patience if patience is None else patience)
-        while True:
-            try:
-                result = self._run(work, "BEGIN IMMEDIATE")
-            except _Busy as busy:
-                if time.monotonic() >= until:
-                    self._patience = 0.0  # until it is free again, every next write says so at once
-                    what = f"another process has been writing to {self._path} for {PATIENCE:.0f} seconds"
-                    raise StoreUnavailable(f"{what}: end it, or wait until it is done.") from busy
-                time.sleep(0.01)
-            else:
-                self._patience = PATIENCE
-                return result
-
-    def close(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection; the next use opens it again."""
-        self._after_fork()
+        self.after_fork()
         with self._lock:
             if self._db is not None:
                 self._db.close()
             self._db = None
 
-    def _after_fork(self) -> None:
-        """In a child: another thread of the parent may have held the lock, or been in the middle of a statement."""
-        if self._pid != os.getpid():
-            self._pid, self._lock = os.getpid(), threading.RLock()
-            if self._db is not None:
-                self._inherited.append(self._db)
-            self._db = None
+    def after_fork(self) -> bool:
+        """Whether this is a child: a thread of the parent may have held the lock, or been in the middle of a statement."""
+        forked = self._pid != os.getpid()
+        if forked:
+            self._inherited.append(self._db)
+            self._pid, self._lock, self._db = os.getpid(), threading.RLock(), None
+        return forked
 
-    def _run(self, work: Callable[[sqlite3.Connection], T], begin: str) -> T:
-        self._after_fork()
+    def _run(self, work: Callable[[sqlite3.Connection], T], begin: str, patience: float) -> T:
+        until = time.monotonic() + min(patience, self._patience)
+        while True:
+            try:
+                result = self._attempt(work, begin)
+            except sqlite3.Error as busy:
+                if time.monotonic() >= until:
+                    self._patience = 0.0  # until it is free again, everybody else is told at once
+                    what = f"another process holds {self.path} and does not let go"
+                    raise StoreUnavailable(f"{what}: end it, or wait until it is done.") from busy
+                time.sleep(0.005)
+            else:
+                self._patience = PATIENCE
+                return result
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], T], begin: str, again: bool = False) -> T:
+        """Do `work` in a transaction, over a database built anew if this one is damaged. Raises sqlite3.Error if busy."""
+        self.after_fork()
         with self._lock:
             try:
-                return self._transact(work, begin)
+                with _transaction(self._connection(), begin) as db:
+                    return work(db)
             except sqlite3.Error as error:
-                if _code(error) not in _DAMAGE:
-                    raise self._passing(error) from error
-                log.warning("the catalogue %s is damaged (%s); it is built anew", self._path, error)
-                self._discard()
-            try:
-                return self._transact(work, begin)
-            except sqlite3.Error as error:
-                raise self._passing(error) from error
-
-    def _passing(self, error: sqlite3.Error) -> Exception:
-        if _code(error) in _BUSY:
-            return _Busy()
-        self.close()
-        return StoreUnavailable(f"the catalogue {self._path} cannot be used: {error}.")
-
-    def _transact(self, work: Callable[[sqlite3.Connection], T], begin: str) -> T:
-        db = self._connection()
-        db.execute(begin)
-        try:
-            result = work(db)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        return result
+                if _code(error) in _BUSY:
+                    raise
+                self.disconnect()
+                if again or self.path is None or self._file is None or _code(error) not in _DAMAGE:
+                    raise StoreUnavailable(f"the catalogue {self.path} cannot be used: {error}.") from error
+                log.warning("the catalogue %s is damaged (%s); it is built anew", self.path, error)
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            return self._attempt(work, begin, again=True)
 
     def _connection(self) -> sqlite3.Connection:
-        if self._db is not None and self._path is not None:
-            vanished = self._file is not None and self._file != _inode(self._path)
-            if vanished or (self._file is None and time.monotonic() > self._retry):
-                self.close()
-        if self._db is None:
-            self._db = self._open()
+        if self.path is not None and self._file is not None and self._file != _inode(self.path):
+            self.disconnect()  # it was deleted
+        self._db = self._db or self._open()
         return self._db
 
     def _open(self) -> sqlite3.Connection:
-        if self._path is not None:
+        if self.path is not None:
             try:
-                return self._open_file(self._path)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                for name in (self.path, f"{self.path}-journal"):  # SQLite would follow a link, and write where it leads
+                    if os.path.lexists(name) and not stat.S_ISREG(os.lstat(name).st_mode):
+                        raise OSError(f"{name} is not a regular file")
+                self._file = _inode(self.path)
+                db = self._ready(str(self.path))
+                self._file = _inode(self.path)
+                return db
             except (sqlite3.Error, OSError) as error:
                 if _code(error) in _BUSY | _DAMAGE:
                     raise
-                log.info("the catalogue %s cannot be used (%s); this process keeps one in memory", self._path, error)
-        self._file, self._retry = None, time.monotonic() + RETRY
-        return self._ready(_connect(":memory:"))
+                log.info("the catalogue %s cannot be used (%s); this process keeps one in memory", self.path, error)
+        self._file = None
+        return self._ready(":memory:")
 
-    def _open_file(self, path: Path) -> sqlite3.Connection:
-        for suffix in _FILES:  # SQLite would follow a link, and write to whatever it leads to
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISREG(os.lstat(f"{path}{suffix}").st_mode):
-                    raise OSError(f"{path.name}{suffix} is not a regular file")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._alone(path.parent):
-                if not path.exists():
-                    self._unlink(path)  # a journal without its database would be played back into the new one
-                    path.touch(exist_ok=False)
-        db = _connect(str(path))
-        self._file = _inode(path)
-        return self._ready(db)
-
-    def _ready(self, db: sqlite3.Connection) -> sqlite3.Connection:
+    def _ready(self, name: str) -> sqlite3.Connection:
+        db = sqlite3.connect(name, timeout=0, isolation_level=None, check_same_thread=False)
         try:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > self.version:
-                raise OSError(f"it is a newer Kvilt's: version {version}, not {self.version}")
-            if version < self.version and db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
-                raise Damage(f"its version is {version}, not {self.version}")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")  # no sync per commit; losing the last ones loses nothing
-            self.prepare(db)
-            if version == 0:
-                db.execute("BEGIN IMMEDIATE")
-                if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
-                    self.build(db)
-                    db.execute(f"PRAGMA user_version = {self.version}")
-                db.execute("COMMIT")
+            db.execute("PRAGMA synchronous = OFF")  # what a power failure damages is built anew
+            if _version(db) > self.version:
+                raise OSError("it is a newer Kvilt's")
+            if _version(db) != self.version:
+                with _transaction(db, "BEGIN EXCLUSIVE"):
+                    if _version(db) != self.version:  # nobody was faster
+                        if db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
+                            raise Damage(f"its version is {_version(db)}, not {self.version}")
+                        self.build(db)
+                        db.execute(f"PRAGMA user_version = {self.version}")
         except BaseException:
             db.close()
             raise
         return db
 
-    def _discard(self) -> None:
-        file = self._file
-        self.close()
-        if self._path is not None and file is not None:
-            with contextlib.suppress(OSError), self._alone(self._path.parent):
-                if _inode(self._path) == file:  # otherwise somebody else was faster
-                    self._unlink(self._path)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _alone(folder: Path) -> Iterator[None]:
-        """Of all processes this one makes or discards the file."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise _Busy from error
-            yield
-        finally:
-            os.close(fd)
-
-    @staticmethod
-    def _unlink(path: Path) -> None:
-        for suffix in _FILES:
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[sqlite3.Connection]:
+    db.execute(begin)
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
-def _connect(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _code(error: Exception) -> int:

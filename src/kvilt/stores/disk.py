@@ -1,8 +1,8 @@
 """Blobs as files in a folder, shared by any number of processes, and the store of them.
 
 ab/abcdef...safetensors   a document, under the first two digits of its key
+ab/abcdef...pin           an empty file while the document is pinned
 aside/                    damaged files, each with a .reason
-pins/                     an empty file for every key that is pinned
 catalogue.sqlite          can be deleted at any time
 """
 
@@ -20,150 +20,118 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key
-from kvilt.stores.files import FileBlob, create, is_abandoned, is_file, open_files, opened, unavailable
-from kvilt.stores.kept import Kept
+from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key, is_key
+from kvilt.stores.catalogue import Catalogue
+from kvilt.stores.files import FileBlob, create, is_abandoned, is_file, opened, too_many_open, unavailable
 from kvilt.stores.sizes import parse_size
 from kvilt.stores.store import Store
 
 log = logging.getLogger("kvilt")
 
-SUFFIX = ".safetensors"
 SHARE = 0.5  # of the disk's free space, its own documents counted as free, for a store that is given no budget
 ASIDE_SECONDS = 86400.0
-_NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
-_SHARD = re.compile(r"[0-9a-f]{2}")
-_GONE = (FileNotFoundError, NotADirectoryError)
 
 
 class DiskBlobs(BlobStore):
-    """Blobs as files in a folder, which is made if it is not there. Raises StoreUnavailable where it cannot be."""
+    """Blobs as files in a folder, which is made where it is not there."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unavailable(error, "cannot make the store", path) from error
+    def __init__(self, path: Path, suffix: str = ".safetensors") -> None:
+        self.path, self.suffix = path, suffix
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
         return [self._get(key) for key in [check_key(key) for key in keys]]
 
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
-        try:
-            try:
-                return self._put(check_key(key), data)
-            except FileNotFoundError:  # its folder was deleted meanwhile
-                return self._put(key, data)
-        except OSError as error:
-            raise unavailable(error, "cannot write to the store", self.path) from error
+        folder, name = self._place(key)
+        with self._trouble("cannot write to the store"):
+            for _ in range(2):  # again if its folder was deleted meanwhile
+                with contextlib.suppress(FileNotFoundError), opened(folder, make=True) as fd:
+                    return create(fd, name, data)
+            raise FileNotFoundError(errno.ENOENT, "its folder is deleted again and again")
 
     def delete(self, key: str) -> bool:
-        try:
-            with opened(self.path, check_key(key)[:2]) as folder:
-                os.unlink(key + SUFFIX, dir_fd=folder)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise unavailable(error, "cannot delete from the store", self.path) from error
-        return True
+        folder, name = self._place(key)
+        with self._trouble("cannot delete from the store"), contextlib.suppress(FileNotFoundError):
+            with opened(folder) as fd:
+                os.unlink(name, dir_fd=fd)
+            return True
+        return False
 
     def list(self) -> Iterator[tuple[str, int]]:
-        for shard in self._shards():
-            with contextlib.suppress(*_GONE), opened(self.path, shard) as folder, os.scandir(folder) as entries:
+        for shard, fd in self._shards("[0-9a-f]{2}"):
+            with os.scandir(fd) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    name = _NAME.fullmatch(entry.name)
-                    if name and name[1].startswith(shard) and entry.is_file(follow_symlinks=False):
-                        with contextlib.suppress(FileNotFoundError):
-                            yield name[1], entry.stat(follow_symlinks=False).st_size
+                    key, dot, suffix = entry.name.partition(".")
+                    mine = dot + suffix == self.suffix and is_key(key) and key.startswith(shard)
+                    with contextlib.suppress(FileNotFoundError):
+                        if mine and entry.is_file(follow_symlinks=False):
+                            yield key, entry.stat(follow_symlinks=False).st_size
 
     def contains(self, keys: Iterable[str]) -> set[str]:
         there = set()
-        for shard, group in itertools.groupby(sorted(check_key(key) for key in keys), lambda key: key[:2]):
-            with contextlib.suppress(OSError), opened(self.path, shard) as folder:
-                for key in group:
+        for folder, group in itertools.groupby(sorted(map(self._place, keys)), lambda place: place[0]):
+            with contextlib.suppress(OSError), opened(folder) as fd:
+                for _, name in group:
                     with contextlib.suppress(OSError):
-                        there |= {key} if is_file(folder, key + SUFFIX) else set()
+                        there |= {name.removesuffix(self.suffix)} if is_file(fd, name) else set()
         return there
 
     def set_aside(self, key: str, reason: str) -> bool:
-        target = f"{check_key(key)}-{time.time_ns()}"
-        try:
-            with opened(self.path, key[:2]) as folder:
-                os.stat(key + SUFFIX, dir_fd=folder, follow_symlinks=False)  # no folder for nothing
-                with opened(self.path, "aside", make=True) as aside:
-                    os.rename(key + SUFFIX, target + SUFFIX, src_dir_fd=folder, dst_dir_fd=aside)
+        folder, name = self._place(key)
+        target = f"{key}-{time.time_ns()}"
+        with self._trouble("cannot set aside a document of the store"), contextlib.suppress(FileNotFoundError):
+            with opened(folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)  # no folder for nothing
+                with opened(self.path / "aside", make=True) as aside:
+                    os.rename(name, target + self.suffix, src_dir_fd=fd, dst_dir_fd=aside)
                     with contextlib.suppress(OSError):  # a full disk must not keep a damaged file in service
-                        os.utime(target + SUFFIX, dir_fd=aside, follow_symlinks=False)  # its day begins now
+                        os.utime(target + self.suffix, dir_fd=aside, follow_symlinks=False)  # its day begins now
                         create(aside, target + ".reason", [memoryview(f"{reason}\n".encode(errors="replace"))])
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise unavailable(error, "cannot set aside a document of the store", self.path) from error
-        return True
+            return True
+        return False
 
     def sweep(self) -> int:
         freed = 0
-        try:
-            for shard in [*self._shards(), "aside"]:
-                with contextlib.suppress(*_GONE), opened(self.path, shard) as folder:
-                    stale = _is_old if shard == "aside" else is_abandoned
-                    for name in [name for name in os.listdir(folder) if stale(folder, name)]:
-                        freed += os.stat(name, dir_fd=folder, follow_symlinks=False).st_size
-                        os.unlink(name, dir_fd=folder)
-        except OSError as error:
-            raise unavailable(error, "cannot clean the store", self.path) from error
+        with self._trouble("cannot clean the store"):
+            for shard, fd in self._shards("[0-9a-f]{2}|aside"):
+                for name in os.listdir(fd):
+                    with contextlib.suppress(FileNotFoundError):
+                        state = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                        old = shard == "aside" and time.time() - state.st_mtime > ASIDE_SECONDS
+                        if old or is_abandoned(fd, name):
+                            os.unlink(name, dir_fd=fd)
+                            freed += state.st_size
         return freed
+
+    def _place(self, key: str) -> tuple[Path, str]:
+        return self.path / check_key(key)[:2], key + self.suffix
 
     def _get(self, key: str) -> Blob | None:
         try:
-            return FileBlob(self.path, key[:2], key + SUFFIX)
+            return FileBlob(*self._place(key))
         except FileNotFoundError:
             return None
         except OSError as error:  # passing, perhaps: a miss
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                open_files.warn()
+                too_many_open()
             else:
                 log.warning("cannot read stored document %s: %s", key[:16], error.strerror)
             return None
 
-    def _put(self, key: str, data: Sequence[memoryview]) -> bool:
-        with opened(self.path, key[:2], make=True) as folder:
-            return create(folder, key + SUFFIX, data)
+    def _shards(self, pattern: str) -> Iterator[tuple[str, int]]:
+        """Names and descriptors of the store's own folders, one after another."""
+        with self._trouble("cannot list the store"):
+            for name in sorted(os.listdir(self.path) if self.path.is_dir() else []):
+                if re.fullmatch(pattern, name):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self.path / name) as fd:
+                        yield name, fd
 
-    def _shards(self) -> Iterator[str]:
-        with contextlib.suppress(FileNotFoundError):
-            yield from sorted(filter(_SHARD.fullmatch, os.listdir(self.path)))
-
-
-class PinFolder:
-    """Pins as empty files, so that they outlive the catalogue, and a damaged document until it is encoded again."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def __contains__(self, key: object) -> bool:
-        with contextlib.suppress(OSError), opened(self.root, "pins") as folder:
-            return is_file(folder, str(key))
-        return False
-
-    def add(self, key: str) -> None:
-        """Pin a key."""
+    @contextlib.contextmanager
+    def _trouble(self, what: str) -> Iterator[None]:
         try:
-            with opened(self.root, "pins", make=True) as folder:
-                create(folder, key, [])
+            yield
         except OSError as error:
-            raise unavailable(error, "cannot pin in the store", self.root) from error
-
-    def discard(self, key: str) -> None:
-        """Unpin a key."""
-        try:
-            with opened(self.root, "pins") as folder:
-                os.unlink(key, dir_fd=folder)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise unavailable(error, "cannot unpin in the store", self.root) from error
+            raise unavailable(error, what, self.path) from error
 
 
 class DiskStore(Store):
@@ -179,9 +147,13 @@ class DiskStore(Store):
         quota: str | int | None = None,
     ) -> None:
         self.path = Path(path).expanduser() if path else default_path()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unavailable(error, "cannot make the store", self.path) from error
         limits = parse_size(budget, "budget") or functools.partial(_share, self.path), parse_size(quota, "quota")
-        kept = Kept(DiskBlobs(self.path), self.path / "catalogue.sqlite", policy, *limits, PinFolder(self.path))
-        super().__init__(kept)
+        blobs, pins = DiskBlobs(self.path), DiskBlobs(self.path, ".pin")
+        super().__init__(Catalogue(blobs, pins, self.path / "catalogue.sqlite", policy, *limits))
 
 
 def default_path() -> Path:
@@ -194,9 +166,3 @@ def _share(path: Path, held: int) -> int:
     with contextlib.suppress(OSError):
         return max(1, int(SHARE * (shutil.disk_usage(path).free + held)))
     return max(1, held)
-
-
-def _is_old(folder: int, name: str) -> bool:
-    with contextlib.suppress(OSError):
-        return is_file(folder, name) and time.time() - os.stat(name, dir_fd=folder).st_mtime > ASIDE_SECONDS
-    return False

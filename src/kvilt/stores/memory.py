@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob, check_key
-from kvilt.stores.kept import Kept
+from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.sizes import parse_size
 from kvilt.stores.store import Store
 
@@ -40,4 +40,4 @@ class MemoryStore(Store):
 
     def __init__(self, budget: str | int = "4GB", policy: str = "lru", quota: str | int | None = None) -> None:
         limits = parse_size(budget, "budget"), parse_size(quota, "quota")
-        super().__init__(Kept(MemoryBlobs(), None, policy, *limits))
+        super().__init__(Catalogue(MemoryBlobs(), MemoryBlobs(), None, policy, *limits))

@@ -1,4 +1,4 @@
-"""The store that the engine uses: document caches by what was run, over any blobs, with a catalogue if they have one."""
+"""The store that the engine uses: document caches by what was run, over blobs under a catalogue."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvilt.errors import DamagedCache, DocumentError, OtherVersion, StoreUnavailable, UserError
+from kvilt.rows.header import MAX_HEADER
 from kvilt.stores.blobs import Blob, BlobStore, check_key
-from kvilt.stores.catalogue import Entry, StoreStats
-from kvilt.stores.kept import Kept, check_namespace, describe, look
+from kvilt.stores.catalogue import Catalogue
+from kvilt.stores.entry import Entry, StoreStats, check_namespace
 
 if TYPE_CHECKING:
     from kvilt.types import CacheKey, DocumentCache
@@ -29,26 +29,23 @@ class Opened(NamedTuple):
 
     identity: Hashable  # of the blob
     cache: DocumentCache | None  # None: damaged, or another version's
-    expires: float | None
+    expires: float | None = None
 
 
 class Store:
-    """Document caches by content address.
+    """Document caches by content address, in the blobs of one catalogue, or of several behind one another.
 
     `put` of an existing key is a no-op, so writers need not coordinate. A damaged, foreign or half-written document is
     never returned: it is set aside, counted, logged, and counts as a miss. Another version's is left alone.
     """
 
-    def __init__(self, blobs: BlobStore, kept: Sequence[Kept] | None = None) -> None:
-        self.blobs = blobs
-        self.kept = [blobs] if kept is None and isinstance(blobs, Kept) else list(kept or [])
-        self._truth: BlobStore = self.kept[-1] if self.kept else blobs  # what is there, is there
-        self._catalogue = self.kept[-1].catalogue if self.kept else None
-        self._describe = self.kept[-1].describe if self.kept else describe
+    def __init__(self, *catalogues: Catalogue, blobs: BlobStore | None = None) -> None:
+        self.catalogues, self.last = catalogues, catalogues[-1]  # what is in the last one, is there
+        self.blobs = blobs or self.last
         self._memo: dict[str, Opened] = {}  # in order of last use; every use of it is one operation, so no lock
-        for part in self.kept:
-            part.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
-            weakref.finalize(self, part.catalogue.close)  # a store that is never closed writes its last uses too
+        for catalogue in catalogues:
+            catalogue.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
+            weakref.finalize(self, catalogue.flush, 0.0)  # a store that is never closed writes its last uses too
 
     def get(self, key: CacheKey) -> DocumentCache | None:
         """The stored cache, or None."""
@@ -58,13 +55,16 @@ class Store:
         """The stored caches, None for what is not there; with `counted=False` nothing at all changes by it.
 
         Their rows are read later, and raise DamagedCache if they are damaged: see `set_aside`."""
-        digests = [key.digest for key in keys]
-        unique = dict(zip(digests, keys, strict=True))
-        blobs = zip(unique.items(), self.blobs.get_many(list(unique)), strict=True)
-        caches = {digest: self._opened(key, blob, counted) for (digest, key), blob in blobs}
-        for digest in digests if counted else ():
-            self._note("misses" if caches[digest] is None else "hits", digest)
-        return [caches[digest] for digest in digests]
+        unique = {key.digest: key for key in keys}
+        blobs = zip(unique.values(), self.blobs.get_many(list(unique)), strict=True)
+        caches = {key.digest: self._opened(key, blob, counted) for key, blob in blobs}
+        for digest in [key.digest for key in keys] if counted else ():
+            if caches[digest] is None:
+                self.last.note("misses")
+            else:
+                for catalogue in self.catalogues:
+                    catalogue.note("hits", digest)
+        return [caches[key.digest] for key in keys]
 
     def put(self, cache: DocumentCache, *, title: str = "", ttl: float | None = None) -> bool:
         """Store a cache for `ttl` seconds (None: for good); False if it was there.
@@ -72,70 +72,53 @@ class Store:
         Raises StoreUnavailable when it cannot be written, and UserError for a title, namespace or time to live that
         could not be read again."""
         from kvilt.rows.file import pack
-        from kvilt.rows.header import MAX_HEADER
 
         check_namespace(cache.key.namespace)
         if ttl is not None and not 0 < ttl < float("inf"):
             raise UserError(f"ttl={ttl!r}: a document's time to live is a number of seconds above 0.")
-        digest, now = cache.key.digest, time.time()
         if self._is_served(cache.key):
             return False
+        now = time.time()
         data = pack(cache, title=title, created=now, expires=None if ttl is None else now + ttl)
         if len(data[0]) > MAX_HEADER:
             raise DocumentError(
                 f"document {title[:40]!r} needs a header of {len(data[0])} bytes: {MAX_HEADER} are read."
             )
-        return self.blobs.put(digest, data)
+        return self.blobs.put(cache.key.digest, data)
 
     def contains(self, digests: Iterable[str]) -> set[str]:
         """Which of these digests are stored."""
-        there = self._truth.contains(digests)
-        if there and self._catalogue is not None:
-            with contextlib.suppress(StoreUnavailable):
-                there -= self._catalogue.expired()
+        there = self.last.contains(digests)
+        with contextlib.suppress(StoreUnavailable):
+            there -= self.last.rows("expires <= ? AND NOT pinned", time.time()).keys() if there else set()
         return {digest for digest in there if (held := self._memo.get(digest)) is None or held.cache is not None}
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """Every stored document, oldest first; only those of a namespace, if one is given."""
-        rows, now = self._rows(), time.time()
-        there = [rows.get(key) or self._look(key) for key, _ in self._truth.list()]
-        chosen = [e for e in there if e is not None and e.alive(now) and namespace in (None, e.namespace)]
-        return sorted(chosen, key=lambda e: (e.created, e.key))
+        stored = self._known([key for key, _ in self.last.list()])
+        return sorted((e for e in stored if namespace in (None, e.namespace)), key=lambda e: (e.created, e.key))
 
     def entry(self, digest: str) -> Entry | None:
         """One stored document."""
-        if not self._truth.contains([check_key(digest)]):
-            return None
-        row = None
-        if self._catalogue is not None:
-            with contextlib.suppress(StoreUnavailable):
-                row = self._catalogue.row(digest)
-        entry = row or self._look(digest)
-        return entry if entry is not None and entry.alive(time.time()) else None
+        return next(self._known(list(self.last.contains([digest]))), None)
 
     def delete(self, digest: str, namespace: str | None = None) -> bool:
         """Delete a document, if it is of that namespace (None: of any); whether it was there."""
-        if not self._is_of(digest, namespace):
+        entry = None if namespace is None else self.entry(digest)
+        if namespace != (entry and entry.namespace):
             return False
-        self._memo.pop(digest, None)
         return self.blobs.delete(digest)
 
-    def pin(self, digest: str, pinned: bool = True, namespace: str | None = None) -> bool:
+    def pin(self, digest: str, pinned: bool = True) -> bool:
         """Keep a document from eviction and expiry, or no longer; whether it is there. A pin outlives repairs."""
-        if self._catalogue is None:
-            raise StoreUnavailable("this store has no catalogue, so nothing in it can be pinned.")
-        if not self.contains([digest]) or not self._is_of(digest, namespace):
-            return False
-        self._catalogue.pin(digest, pinned)
-        return True
+        there = bool(self.contains([digest]))
+        if there:
+            self.last.pin(digest, pinned)
+        return there
 
     def stats(self) -> StoreStats:
-        """Totals; of several tiers those of the last one, which holds everything."""
-        if self._catalogue is not None:
-            with contextlib.suppress(StoreUnavailable):
-                return self._catalogue.stats()
-        sizes = [size for _, size in self._truth.list()]
-        return StoreStats(len(sizes), sum(sizes))
+        """Totals; of several stores behind one another those of the last one, which holds everything."""
+        return self.last.stats()
 
     def set_aside(self, digest: str, reason: str) -> None:
         """Take a damaged document out of service; it is kept for inspection where the store can."""
@@ -146,16 +129,16 @@ class Store:
             log.warning("stored document %s is damaged: %s. It stays in place, unused: %s", digest[:16], reason, error)
             for blob in self.blobs.get_many([digest]):
                 if blob is not None:
-                    self._remember(digest, Opened(blob.identity, None, None))
+                    self._remember(digest, Opened(blob.identity, None))
 
     def gc(self) -> int:
         """Drop expired documents, leftovers, what was set aside a day ago, and what is over a limit; bytes freed."""
-        return sum(part.gc() for part in self.kept) if self.kept else self.blobs.sweep()
+        return sum(catalogue.gc() for catalogue in self.catalogues)
 
     def verify(self) -> list[tuple[str, str]]:
         """Read every document completely; (key, reason) of each that cannot be, of which damaged ones are set aside."""
         problems = []
-        for key, _ in self._truth.list():
+        for key, _ in self.last.list():
             try:
                 self._read_all(key)
             except DamagedCache as error:
@@ -172,22 +155,22 @@ class Store:
         self._memo.clear()
         self.blobs.close()
 
-    def _opened(self, key: CacheKey, blob: Blob | None, counted: bool = True) -> DocumentCache | None:
+    def _opened(self, key: CacheKey, blob: Blob | None, counted: bool) -> DocumentCache | None:
         """The cache in a blob, opened once as long as the blob stays the same."""
         digest = key.digest
         held = self._memo.pop(digest, None)
         if blob is None:
             return None
-        if held is None or held.identity != blob.identity:
-            try:
+        try:
+            if held is None or held.identity != blob.identity:
                 held = self._read(key, blob)
-            except DamagedCache as error:
-                if counted:
-                    self.set_aside(digest, error.reason)
-                return None
-            except OSError as error:  # passing, perhaps: a miss
-                log.warning("cannot read stored document %s: %s", digest[:16], error)
-                return None
+        except DamagedCache as error:
+            if counted:
+                self.set_aside(digest, error.reason)
+            return None
+        except OSError as error:  # passing, perhaps: a miss
+            log.warning("cannot read stored document %s: %s", digest[:16], error)
+            return None
         self._remember(digest, held)
         over = held.expires is not None and held.expires <= time.time()
         return None if over and not self._is_pinned(digest) else held.cache
@@ -196,16 +179,16 @@ class Store:
         from kvilt.rows.file import open_cache
 
         try:
-            expires = self._describe(key.digest, blob).expires
+            expires = self.last.describe(key.digest, blob).expires
             return Opened(blob.identity, open_cache(blob, key), expires)
         except OtherVersion as error:
             log.info("%s", error)
-            return Opened(blob.identity, None, None)
+            return Opened(blob.identity, None)
 
     def _is_served(self, key: CacheKey) -> bool:
-        """Whether there is a document that can be served; if one is expired, it makes room for a new one."""
+        """Whether there is a document that can be served; an expired one makes room."""
         (blob,) = self.blobs.get_many([key.digest])
-        if self._opened(key, blob) is not None:
+        if self._opened(key, blob, counted=True) is not None:
             return True
         held = self._memo.get(key.digest)
         if held is not None and held.cache is not None:
@@ -218,46 +201,33 @@ class Store:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
                 self._memo.pop(next(iter(self._memo)), None)
 
-    def _rows(self) -> dict[str, Entry]:
-        """What the catalogue knows; without one, or while it is locked, every document tells itself."""
-        if self._catalogue is not None:
-            with contextlib.suppress(StoreUnavailable):
-                return self._catalogue.rows()
-        return {}
-
-    def _look(self, digest: str) -> Entry | None:
-        with contextlib.suppress(DamagedCache):
-            entry = look(self._truth, self._describe, digest)
-            return entry and replace(entry, pinned=self._is_pinned(digest))
-        return None
+    def _known(self, digests: Sequence[str]) -> Iterator[Entry]:
+        """Stored documents as the catalogue knows them, or, where it does not or is locked, as they tell themselves."""
+        rows: dict[str, Entry] = {}
+        with contextlib.suppress(StoreUnavailable):
+            rows = self.last.rows() if len(digests) > 1 else self.last.rows("key = ?", *digests or "-")
+        for digest in digests:
+            entry = rows.get(digest)
+            with contextlib.suppress(DamagedCache):
+                entry = entry or self.last.look(digest)
+            if entry is not None and entry.alive(time.time()):
+                yield entry
 
     def _is_pinned(self, digest: str) -> bool:
-        return self._catalogue is not None and digest in self._catalogue.pins
-
-    def _is_of(self, digest: str, namespace: str | None) -> bool:
-        check_key(digest)
-        entry = None if namespace is None else self.entry(digest)
-        return namespace is None or (entry is not None and entry.namespace == namespace)
-
-    def _note(self, what: str, digest: str) -> None:
-        if self._catalogue is not None:
-            self._catalogue.note(what, digest if what == "hits" else "")
-        for part in self.kept[:-1] if what == "hits" else ():
-            part.catalogue.note(what, digest)
+        return bool(self.last.pins.contains([digest]))
 
     def _read_all(self, digest: str) -> None:
         from kvilt.rows.file import open_cache
         from kvilt.rows.rows import whole
         from kvilt.types import CacheKey
 
-        (blob,) = self._truth.get_many([digest])
-        if blob is None:
-            return
-        entry = self._describe(digest, blob)
-        key = CacheKey(**entry.fields) if entry.fields.keys() == CacheKey.__dataclass_fields__.keys() else None
-        if key is None or key.digest != digest:
-            raise DamagedCache(digest, "its key does not match its identity fields")
-        rows = open_cache(blob, key).rows
-        if rows is not None:
-            for i in range(rows.shape[0]):
-                whole(rows, slice(i, i + 1))
+        (blob,) = self.last.get_many([digest])
+        if blob is not None:
+            fields = self.last.describe(digest, blob).fields
+            key = CacheKey(**fields) if fields.keys() == CacheKey.__dataclass_fields__.keys() else None
+            if key is None or key.digest != digest:
+                raise DamagedCache(digest, "its key does not match its identity fields")
+            rows = open_cache(blob, key).rows
+            if rows is not None:
+                for i in range(rows.shape[0]):
+                    whole(rows, slice(i, i + 1))
