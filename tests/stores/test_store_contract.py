@@ -206,8 +206,9 @@ def test_verify_and_gc_of_a_sound_store_do_nothing(store: Store) -> None:
     assert store.stats().entries == 3
 
 
-def test_looking_changes_nothing(store: Store) -> None:
+def test_looking_changes_nothing(make: Maker) -> None:
     """Danger D8: a doctor counts hits, refreshes what would be evicted, or moves what it finds damaged."""
+    store = make(budget=10**6)
     store.put(make_cache(1))
     store.put(make_cache(2))
     before = store.entries(), store.stats()

@@ -21,7 +21,7 @@ from typing import Any
 
 from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
 from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob
-from kvilt.stores.database import MOMENT, PATIENCE, Damage, Database
+from kvilt.stores.database import MOMENT, Damage, Database
 from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
 
@@ -142,7 +142,7 @@ class Catalogue(Database, BlobStore):
             with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends; `close` writes then
                 timer.start()
 
-    def flush(self, patience: float = PATIENCE) -> None:
+    def flush(self, patience: float | None = None) -> None:
         """Write what was noted; while another process does not let us it is kept for the next time."""
         self._due = False
         if self._events and (self.path is None or self.path.parent.is_dir()):
@@ -167,8 +167,7 @@ class Catalogue(Database, BlobStore):
         """Totals since the catalogue was built. Raises StoreUnavailable."""
         self.flush(0.0)
         names = ("hits", "misses", "evictions", "damaged")
-        counts = self.read(lambda db: [int(_value(db, name)) for name in names])
-        entries, held = self.read(lambda db: _held(db, ""))
+        (entries, held), *counts = self.read(lambda db: (_held(db, ""), *(_value(db, name) for name in names)))
         return StoreStats(entries, held, self._limit(held), *counts)
 
     def pin(self, key: str, pinned: bool) -> None:
@@ -210,9 +209,12 @@ class Catalogue(Database, BlobStore):
 
     def _forget(self, keys: Iterable[str]) -> None:
         """Rows of blobs that are gone do no harm but take room, so they may stay until the next `gc`."""
-        gone = [(key,) for key in keys]
+
+        def work(db: sqlite3.Connection) -> None:  # no cursor leaves a transaction: a fork must not meet it in use
+            db.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
+
         with contextlib.suppress(StoreUnavailable):
-            self.write(lambda db: db.executemany("DELETE FROM entries WHERE key = ?", gone))
+            self.write(work)
 
     def _survey(self, keys: Iterable[str]) -> Iterator[Entry]:
         """Documents as they tell themselves; damaged ones are set aside."""
