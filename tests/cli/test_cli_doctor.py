@@ -156,7 +156,7 @@ def test_damaged_files(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> 
 def test_index_out_of_step(encoded: tuple[Any, ...], store: str, tmp_path: Path) -> None:
     """Danger: documents that are never evicted fill the disk."""
     disk = DiskStore(str(tmp_path / "store"))
-    disk.kept[-1].catalogue.remove([stored(tmp_path / "store")[0].stem])
+    disk.last.forget([stored(tmp_path / "store")[0].stem])
     disk.close()
     (note,) = (f for f in data(*encoded)["findings"] if f["status"] == "note")
     assert "the catalogue does not know 1 stored documents" in note["what"]

@@ -111,8 +111,8 @@ def _aside(path: Path) -> Iterator[Finding]:
 def _damaged(store: Store) -> Iterator[Finding]:
     """Documents whose headers cannot be read."""
     broken: dict[str, list[str]] = defaultdict(list)
-    for key, _ in store.blobs.list():
-        (blob,) = store.blobs.get_many([key])
+    for key, _ in store.last.list():
+        (blob,) = store.last.get_many([key])
         try:
             if blob is not None:
                 read_header(key, blob)
@@ -131,9 +131,9 @@ def _damaged(store: Store) -> Iterator[Finding]:
 
 
 def _catalogue(store: Store) -> Iterator[Finding]:
-    files = {key for key, _ in store.blobs.list()}
+    files = {key for key, _ in store.last.list()}
     try:
-        known = {key for kept in store.kept[-1:] for key in kept.catalogue.rows()}
+        known = store.last.rows().keys()
     except StoreUnavailable as error:
         yield Finding("problem", f"the catalogue cannot be used: {error}", "Delete it: it is built again.")
         return

@@ -19,7 +19,7 @@ from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe
 from kvilt.rows.header import MAX_TITLE
 from kvilt.rows.rows import TensorRows
-from kvilt.stores.kept import check_namespace
+from kvilt.stores.entry import check_namespace
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 

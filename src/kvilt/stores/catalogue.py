@@ -109,20 +109,20 @@ class Catalogue(Database, BlobStore):
         except BaseException:
             if made:
                 self.blobs.delete(key)
-            self._forget({key} - self.blobs.contains([key]))
+            self.forget({key} - self.blobs.contains([key]))
             raise
         return made
 
     def delete(self, key: str) -> bool:
         there = self._drop(key)
         self.pins.delete(key)
-        self._forget([key])
+        self.forget([key])
         return there
 
     def set_aside(self, key: str, reason: str) -> bool:
         there = self.blobs.set_aside(key, reason)
         self.memo.pop(key, None)
-        self._forget([key])
+        self.forget([key])
         for _ in range(there):
             self.note("damaged")
         return there
@@ -182,12 +182,12 @@ class Catalogue(Database, BlobStore):
     def gc(self) -> int:
         """Drop what is expired, left behind or over a limit, and enter what is not entered; bytes freed."""
         freed, there, rows = self.blobs.sweep(), {key for key, _ in self.blobs.list()}, self.rows()
-        self._forget(rows.keys() - there)
+        self.forget(rows.keys() - there)
         unknown = [*self._survey(there - rows.keys())]
         self.write(lambda db: self._insert(db, unknown))
         over = self.rows("expires <= ? AND NOT pinned", time.time())
         freed += sum(row.bytes for key, row in over.items() if self._drop(key))
-        self._forget(over)
+        self.forget(over)
         return freed + self.write(self._shrink)
 
     def build(self, db: sqlite3.Connection) -> None:
@@ -207,7 +207,7 @@ class Catalogue(Database, BlobStore):
         self.memo.pop(key, None)
         return self.blobs.delete(key)
 
-    def _forget(self, keys: Iterable[str]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         """Rows of blobs that are gone do no harm but take room, so they may stay until the next `gc`."""
 
         def work(db: sqlite3.Connection) -> None:  # no cursor leaves a transaction: a fork must not meet it in use
