@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import zoo
@@ -146,6 +146,16 @@ def test_parts_get_no_space_of_their_own(template: str, system: str, scheme: str
     where = text.system_ids().tolist()[-1]
     if text.tokenizer.convert_ids_to_tokens(where) != "\u2581":  # a space before a document is a token of its own
         assert ids == wanted
+
+
+def test_tokenizers_that_space_every_line_keep_the_space_of_every_part() -> None:
+    """Danger: the built-in model's tokenizer has a space in front of every line: parts without one are other words."""
+    tokenizer = zoo.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\n(?=\S)"), "\n ")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = TextFormat.of(tokenizer)
+    wanted = whole(text, "".join(d.content for d in DOCUMENTS) + QUESTION)
+    assert prompt(text, DOCUMENTS, QUESTION).tolist() == wanted
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -47,6 +47,13 @@ def test_a_chat_instead_of_a_question_gets_one_line() -> None:
         engine_of("block").answer([{"role": "user", "content": "Who?"}], DOCUMENTS)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bad", [5, ["a"], {"role": "system"}, "half \ud83d"])
+def test_a_system_text_that_is_none_gets_one_line(bad: Any) -> None:
+    """Danger: a number as system text is taken for a document."""
+    with pytest.raises(PromptError, match="must be a text|surrogate"):
+        tokens(engine_of("block"), DOCUMENTS, system=bad)
+
+
 @pytest.mark.parametrize("spec", ["block", "block:sink=system", "full"])
 def test_a_system_text_for_one_answer_is_that_of_an_engine_of_its_own(spec: str) -> None:
     """Danger: the system text of one answer stays for the next, or documents encoded behind another are reused."""

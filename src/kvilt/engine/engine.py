@@ -138,14 +138,14 @@ class Engine:
 
     def with_system(self, system: str) -> Engine:
         """The same engine with another system text. Strategies that encode documents behind it encode them anew."""
-        if system not in self._told:
+        text = self.text.told(system)
+        engine = self._told.get(system)
+        if engine is None:
             if len(self._told) > 16:
                 self._told.clear()
-            text = self.text.told(system)
-            self._told[system] = Engine(
-                self.model, text, self.strategy, self.store, self.namespace, self.compression, self.flights
-            )
-        return self._told[system]
+            given = (self.strategy, self.store, self.namespace, self.compression, self.flights)
+            engine = self._told[system] = Engine(self.model, text, *given)
+        return engine
 
     def encode(self, documents: Sequence[Any], **options: Any) -> EncodeReport:
         """Encode and store documents, and the system part, ahead of any question (`Encoder.encode` has the options)."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvilt.engine.documents import document_of
-from kvilt.engine.vocabulary import TODAY, Vocabulary, template_of
+from kvilt.engine.vocabulary import TODAY, Vocabulary, difference, template_of
 from kvilt.errors import DocumentError, ModelError, PromptError, UserError
 from kvilt.types import Document
 
@@ -51,11 +51,9 @@ class Memo:
 class TextFormat:
     """Turns system text, documents and question into parts, and tokenises each by itself.
 
-    Chat models: their template is rendered once with a mark where the documents go, and split there. Base models (no
-    template): "system\\n\\n" documents "Question: ...\\nAnswer:".
-
-    The template's own markers alone are control. A document, a question or a system text that holds one ("<|eot_id|>",
-    "<think>") is ordinary text, and cannot end its turn or speak as somebody else."""
+    A chat template is rendered with a mark where the documents go, and split there. Base models (no template) read
+    "system\\n\\n" documents "Question: ...\\nAnswer:". The template's own markers alone are control: in what users write
+    ("<|eot_id|>", "<think>") they are ordinary text, and cannot end a turn or speak as somebody else."""
 
     tokenizer: Any
     vocabulary: Vocabulary
@@ -67,34 +65,39 @@ class TextFormat:
     @classmethod
     def of(cls, tokenizer: Any, system: str | None = None) -> TextFormat:
         """The format of a tokenizer. Raises ModelError if its prompts would not be what its own template gives."""
-        for folded in (False, True):
+        made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer))
+        ways = (
+            made.vocabulary,
+            replace(made.vocabulary, inner=made.vocabulary.opened),
+        )  # some need the space everywhere
+        reasons = list[str]()
+        for folded, exact, way in itertools.product((False, True), (True, False), ways):
             try:
-                made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer), folded=folded)
-                made._prove()
-                made.told("")._prove()
+                made = replace(made, folded=folded, vocabulary=way, known=Memo())
+                made._prove(exact)
+                made.told("")._prove(exact)
                 return made if system is None else made.told(system)
-            except (UserError, ValueError) as error:
-                reason = error
-        raise ModelError(f"documents cannot be placed in this model's prompts: {reason}") from reason
+            except UserError as error:
+                reasons.append(str(error))
+        raise ModelError(f"documents cannot be placed in this model's prompts: {reasons[-2]}")
 
     def told(self, system: str) -> TextFormat:
-        """The same format with another system text."""
+        """The same format with another system text. Raises PromptError if that is no text."""
+        if not isinstance(system, str):
+            raise PromptError(f"the system text must be a text, not {type(system).__name__}.")
         return replace(self, system=system)
 
-    def _prove(self) -> None:
-        """Compare an example's parts with the whole, as the tokenizer itself reads it. Raises PromptError."""
+    def _prove(self, exact: bool) -> None:
+        """Compare an example's parts with the whole, as the tokenizer itself reads it: the same ids, or at least the same
+        letters where a token would reach over the edge of a part. Raises PromptError."""
         example, question = Document(PROBE), "F  g?"
-        whole = self._spelled(self._asked(example.content, question))
+        whole = self._spelled(self._asked(2 * example.content, question))
         if self.system not in whole:
             raise PromptError("its chat template drops the system text.")
         theirs = [*self._bos, *self.tokenizer.encode(whole, add_special_tokens=False)]
-        ours = torch.cat([self.system_ids(), self.document_ids(example), self.question_ids(question)]).tolist()
-        reads = [text_of(self.tokenizer, ids, everything=True) for ids in (theirs, ours)]
-        marks = [[i for i in ids if i in self.vocabulary.spoken] for ids in (theirs, ours)]
-        if reads[0] != reads[1] or marks[0] != marks[1]:
-            at = next((n for n, (a, b) in enumerate(zip(*reads, strict=False)) if a != b), 0)
-            whole, alone = (read[max(0, at - 10) : at + 30] for read in reads)
-            raise PromptError(f"its template and tokenizer give {whole!r} for an example, its parts alone {alone!r}.")
+        ours = [self.system_ids(), *2 * [self.document_ids(example)], self.question_ids(question)]
+        if wrong := difference(self.tokenizer, self.vocabulary, theirs, torch.cat(ours).tolist(), exact):
+            raise PromptError(wrong)
 
     @functools.cached_property
     def _bos(self) -> list[int]:
@@ -292,9 +295,5 @@ class Written:
         return piece
 
     def _text(self, start: int) -> str:
-        return text_of(self.tokenizer, self._tokens[start:])
-
-
-def text_of(tokenizer: Any, ids: list[int], everything: bool = False) -> str:
-    """What tokens say, as they say it; special tokens are left out, unless `everything` is wanted."""
-    return str(tokenizer.decode(ids, skip_special_tokens=not everything, clean_up_tokenization_spaces=False))
+        tokens = self._tokens[start:]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
+from kvilt.errors import ModelError
+
 TODAY = datetime(2024, 7, 26, 12)  # in every template: a fixed date keeps the system part the same every day
 DIRECTIVES = [f"%{dash}{c}" for c in "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ" for dash in ("", "-")]
 CLOCK = "".join(f"|replace({d!r}, {TODAY.strftime(d)!r})" for d in DIRECTIVES)
@@ -63,11 +65,26 @@ class Vocabulary:
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The chat template, in which every day is the same; None for base models."""
+    """The chat template, in which every day is the same; None for base models. Raises ModelError."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    template = str(tokenizer.get_chat_template())
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(f"this tokenizer has several chat templates and no default: {error}") from error
     return PINNED + template if "strftime_now" in template else template
+
+
+def difference(tokenizer: Any, vocabulary: Vocabulary, whole: list[int], parts: list[int], exact: bool) -> str:
+    """How the parts of a prompt differ from the whole, "" if not: in their ids, or at least in letters and control tokens
+    (a token may reach over the edge of a part)."""
+    reads = ["".join(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in (whole, parts)]
+    marks = [[i for i in ids if i in vocabulary.spoken] for ids in (whole, parts)]
+    if reads[0] == reads[1] and marks[0] == marks[1] and (whole == parts or not exact):
+        return ""
+    at = next((n for n, (a, b) in enumerate(zip(*reads, strict=False)) if a != b), 0)
+    one, other = (read[max(0, at - 10) : at + 30] for read in reads)
+    return f"its template and tokenizer give {one!r} for an example, its parts alone {other!r}."
 
 
 def _pattern(token: AddedToken) -> str:
