@@ -6,6 +6,7 @@ stand for themselves. Stores behind one another are joined by |: tiered:memory:b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -207,10 +208,9 @@ def _converted(value: str, hint: object, where: str) -> object:
         return value.lower() in ("true", "yes", "1")
     for kind in (int, float):
         if kind in options:
-            try:
-                return kind(value)
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                if abs(number := kind(value)) < 1 << 63 or kind is float:  # what tensors can count to
+                    return number
     if str in options or not {int, float, bool} & set(options):
         return value
     raise SpecError(f"option {where} wants {getattr(hint, '__name__', hint)}, not {value!r}.")

@@ -80,8 +80,8 @@ def _check(question: str, paths: Sequence[str], as_json: bool, wanted: Answering
         raise UserError("questions come from standard input: --stream, --logits and --docs - are for one question.")
     if question == STDIN and sys.stdin.isatty():
         talk.say("one question a line; Ctrl-D ends.")
-    if wanted.logits is not None and not wanted.logits.absolute().parent.is_dir():
-        raise UserError(f"cannot write {wanted.logits}: there is no such folder.")
+    if wanted.logits is not None and (wanted.logits.is_dir() or not wanted.logits.absolute().parent.is_dir()):
+        raise UserError(f"cannot write {wanted.logits}: it is a folder, or there is no such folder.")
 
 
 def _lines() -> Iterator[str]:

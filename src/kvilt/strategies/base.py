@@ -80,7 +80,7 @@ def sink_tokens(sink: str, info: ModelInfo) -> tuple[int, ...]:
         return ()
     if sink == "system":
         return info.system
-    if not sink.isdigit():
+    if not sink.isdecimal() or len(sink) > 6:
         raise SpecError(f"option sink wants 'none', 'system' or a number of BOS tokens, not {sink!r}.")
     if info.sink is None:
         raise SpecError(

@@ -108,7 +108,7 @@ def asked(prompt: Prompt, probe: Probe, layers: range, pool: Literal["mean", "no
 def layer_range(text: str, depth: int, default: tuple[float, float]) -> range:
     """The layers "first-last", or from one share of the depth to another; cut to the model's depth."""
     first, _, last = text.partition("-")
-    if text and not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+    if text and not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise SpecError(f"option layers wants a range like 22-25, not {text!r}.")
     ends = (int(first), int(last)) if text else [round(share * depth) for share in default]
     return range(min(ends[0], depth - 1), min(ends[1], depth - 1) + 1)
