@@ -14,6 +14,8 @@ import pytest
 from cli_kit import Processes, data, stored, wait_for, write_documents
 from kvilt.stores.disk import DiskStore
 
+COUNT = 24  # documents: enough for a run that can be stopped in the middle
+
 
 def whole(path: Path) -> None:
     """Every stored document can be read completely, and after a gc the index knows it and no leftovers remain."""
@@ -27,7 +29,7 @@ def whole(path: Path) -> None:
 
 def test_killed_at_random_moments(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
     """Danger: a killed run loses more than what was in flight, or leaves half a document."""
-    write_documents(tmp_path / "docs", 50)
+    write_documents(tmp_path / "docs", COUNT, words=60)
     command = (
         "encode",
         tmp_path / "docs",
@@ -37,29 +39,25 @@ def test_killed_at_random_moments(processes: Processes, model_dir: Path, tmp_pat
         f"disk:path={tmp_path / 'store'}",
         "--json",
     )
-    chance, before, killed = random.Random(11), 0, 0
-    for _ in range(4):
+    chance, before = random.Random(11), 0
+    for _ in range(2):
         process = processes.start(*command)
         wait_for(lambda: len(stored(tmp_path / "store")) > before)  # noqa: B023 - called at once
-        time.sleep(chance.random() * 0.1)
+        time.sleep(chance.random() * 0.02)
         process.kill(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        found = len(stored(tmp_path / "store"))
-        assert found > before
-        before = found
-        if before == 50:
-            break
-    assert killed >= 2
+        assert process.wait() == -signal.SIGKILL
+        assert len(stored(tmp_path / "store")) > before
+        before = len(stored(tmp_path / "store"))
     final = processes.start(*command)
     assert final.wait() == 0, final.stderr
     report = json.loads(final.stdout)
-    assert (report["present"], report["encoded"]) == (before, 50 - before)  # nothing but what was in flight is lost
+    assert (report["present"], report["encoded"]) == (before, COUNT - before)  # only what was in flight is lost
     whole(tmp_path / "store")
 
 
 def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
     """Danger: Ctrl-C loses what was encoded, or ends in a traceback."""
-    write_documents(tmp_path / "docs", 50, words=60)
+    write_documents(tmp_path / "docs", COUNT, words=60)
     command = ("encode", tmp_path / "docs", "--model", model_dir, "--store", f"disk:path={tmp_path / 'store'}")
     process = processes.start(*command)
     wait_for(lambda: len(stored(tmp_path / "store")) > 3)
@@ -69,7 +67,7 @@ def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: 
     assert "Run the same command again" in process.stderr
     assert "Traceback" not in process.stderr
     found = len(stored(tmp_path / "store"))
-    assert 3 < found < 50
+    assert 3 < found < COUNT
     again = processes.start(*command, "--json")
     assert again.wait() == 0, again.stderr
     assert json.loads(again.stdout)["present"] == found
@@ -101,7 +99,7 @@ def test_ctrl_c_while_an_answer_is_printed(processes: Processes, model_dir: Path
 
 def test_two_at_once_store_every_document_once(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
     """Danger: two runs on one store destroy each other's files."""
-    write_documents(tmp_path / "docs", 50)
+    write_documents(tmp_path / "docs", COUNT)
     command = (
         "encode",
         tmp_path / "docs",
@@ -114,16 +112,16 @@ def test_two_at_once_store_every_document_once(processes: Processes, model_dir: 
     both = [processes.start(*command) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0], [p.stderr for p in both]
     reports = [json.loads(p.stdout) for p in both]
-    assert all(r["documents"] == 50 for r in reports)
-    assert len(stored(tmp_path / "store")) == 50
+    assert all(r["documents"] == COUNT for r in reports)
+    assert len(stored(tmp_path / "store")) == COUNT
     whole(tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
 def collection(processes: Processes, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifty documents, encoded by a process that is gone."""
+    """Documents, encoded by a process that is gone."""
     folder = tmp_path_factory.mktemp("collection")
-    write_documents(folder / "docs", 50)
+    write_documents(folder / "docs", COUNT)
     process = processes.start(
         "encode", folder / "docs", "--model", model_dir, "--store", f"disk:path={folder / 'store'}"
     )
@@ -158,7 +156,7 @@ def test_nothing_is_encoded_a_second_time(collection: Path, model_dir: Path) -> 
     """Danger: a rerun encodes everything again."""
     common = ("--model", model_dir, "--store", f"disk:path={collection / 'store'}")
     report = data("encode", collection / "docs", *common)
-    assert (report["documents"], report["encoded"], report["present"]) == (50, 0, 50)
-    for five in itertools.islice(itertools.combinations(sorted((collection / "docs").iterdir()), 5), 0, 4000, 2000):
+    assert (report["documents"], report["encoded"], report["present"]) == (COUNT, 0, COUNT)
+    for five in itertools.islice(itertools.combinations(sorted((collection / "docs").iterdir()), 5), 0, 400, 200):
         usage = data("ask", "what?", "--docs", *five, *common, "--max-new-tokens", 1)["usage"]
         assert (usage["hits"], usage["misses"]) == (5, 0)
