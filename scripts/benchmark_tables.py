@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvilt.lab.bench.curve import table
+from kvilt.lab.bench.ttft import table
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("full", "block", "kv_packet:wrapper=WRAPPER", "kvlink:links=5")

@@ -7,18 +7,15 @@ import inspect
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-import typer
 
 import kvilt
-from cli_kit import data, error, run
+from cli_kit import data, run
 from kvilt import registry
 from kvilt.check import gates
 from kvilt.cli.several import spread
-from kvilt.errors import UserError
 from kvilt.strategies.base import Plain
 
 
@@ -131,24 +128,3 @@ def test_options_with_several_values() -> None:
     assert list(spread(["q", "--docs", "a", "b", "--json", "--docs", "c", "-", "--pick", "1", "--", "-x"])) == (
         ["q", "--docs", "a", "--docs", "b", "--json", "--docs", "c", "--docs", "-", "--pick", "1", "--", "-x"]
     )
-
-
-@pytest.mark.parametrize("kind", ["app", "function"])
-def test_verbs_of_other_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Danger: a part of the package has its own exit codes, or its own idea of a mistake."""
-    module = types.ModuleType("kvilt.elsewhere")
-    inner = typer.Typer()
-
-    def demo(text: str, times: int = 1) -> None:
-        if text == "bad":
-            raise UserError("it is bad.")
-        print(text * times)
-
-    inner.command()(demo)
-    setattr(module, *(("app", inner) if kind == "app" else ("demo", demo)))
-    monkeypatch.setitem(sys.modules, "kvilt.lab.demo", module)
-    path = ["demo", "demo"] if kind == "app" else ["demo"]
-    assert run(*path, "ab", "--times", "2").stdout == "abab\n"
-    assert error(*path, "bad") == "it is bad."
-    assert "No such option: --tims" in error(*path, "ab", "--tims", "2")
-    assert f"kvilt {' '.join(path)}" in run(*path, "--help").stdout

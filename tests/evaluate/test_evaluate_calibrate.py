@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import zoo
+from cli_kit import data, error, run
 from kvilt.engine.engine import Engine
 from kvilt.engine.text import TextFormat
-from kvilt.errors import DocumentError, PromptError, UserError
+from kvilt.errors import DocumentError, PromptError
 from kvilt.lab.evaluate import calibrate as module
-from kvilt.lab.evaluate.calibrate import app, asked, calibrate, descend, made_up
+from kvilt.lab.evaluate.calibrate import asked, calibrate, descend, made_up
 from kvilt.plan import ContextScaling, Segment
 from kvilt.registry import build
 from kvilt.strategies.ape import Ape, ApeProfile
@@ -50,7 +49,7 @@ def test_what_is_chosen_is_closest_to_full_recompute(engine: Engine, monkeypatch
     monkeypatch.setattr(module, "SCALES", (1.0, 1.3))
     prompts = made_up(engine, DOCUMENTS, 4, 3)
     said: list[str] = []
-    profile = calibrate(engine, prompts, 5, said.append)
+    profile = calibrate(engine, prompts, 5, lambda number, line: said.append(f"{number} {line}"))
     assert profile.model == engine.info.digest
 
     def distance(setting: tuple[float, float], part: list[module.Ask]) -> float:
@@ -73,7 +72,7 @@ def test_what_is_chosen_is_closest_to_full_recompute(engine: Engine, monkeypatch
     assert chosen == (best if confirmed else (1.0, 1.0))
     assert profile.kl == pytest.approx(distance(chosen, prompts[1::2]), rel=1e-3, abs=1e-5)
     assert profile.plain == pytest.approx(distance((1.0, 1.0), prompts[1::2]), rel=1e-3, abs=1e-5)
-    assert said[0].startswith("temperature 1.0, scale 1.0: KL ")
+    assert said[0].startswith("1 temperature 1.0, scale 1.0: KL ")
 
 
 @pytest.mark.parametrize(("others", "chosen"), [(0.3, (0.7, 1.2)), (0.6, (1.0, 1.0))])
@@ -128,14 +127,6 @@ def test_prompts_leave_room_in_the_context(engine: Engine) -> None:
         calibrate(engine, [])
 
 
-def run(*arguments: object) -> tuple[str, str]:
-    result = CliRunner().invoke(app, ["ape", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0
-    return result.stdout, result.stderr
-
-
 def test_the_printed_strategy_works(model_dir: Path, tmp_path: Path) -> None:
     """Danger: the last line cannot be pasted behind --strategy."""
     for name, text in TEXTS.items():
@@ -143,30 +134,24 @@ def test_the_printed_strategy_works(model_dir: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions"
     questions.write_text("Where was Ada born?\n\nWhere is the mill?\n")
     paths = [tmp_path / f"{name}.txt" for name in TEXTS]
-    common = (*paths, "--model", model_dir, "--group", 2, "--out", tmp_path / "ape.json")
-    spec = run(*common, "--prompts", 2)[0].strip()
+    common = ("calibrate", "ape", *paths, "--model", model_dir, "--group", 2)
+    spec = run(*common, "--out", tmp_path / "ape.json", "--prompts", 2).stdout.strip()
     assert spec == f"ape:profile={tmp_path / 'ape.json'}"
     engine = Engine.load(str(model_dir), spec, "memory")
     profile = ApeProfile.load(tmp_path / "ape.json", engine.info)
     assert engine.plan("Where?", DOCUMENTS).context == ContextScaling(profile.temperature, profile.scale)
-    out, talk = run(*common, "--questions", questions, "--json")
-    said = json.loads(out)
+    said = data(*common, "--out", tmp_path / "ape.json", "--questions", questions)
     assert (said["prompts"], said["strategy"]) == (2, spec)
-    assert "KL to full recompute" in talk
-    with pytest.raises(UserError, match="cannot write"):
-        run(*common[:-1], tmp_path, "--prompts", 1)  # a folder
+    error(*common, "--out", tmp_path, "--prompts", 1)  # a folder
 
 
-def test_mistakes_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_mistakes_are_seen_before_the_model_is_loaded(tmp_path: Path) -> None:
     """Danger: an hour of work, and then there is no folder to write to."""
     document, empty = tmp_path / "a.txt", tmp_path / "empty"
     document.write_text("Something to read.")
     empty.write_text("\n \n")
-    with pytest.raises(UserError, match="no such folder"):
-        run(document, "--model", "none", "--out", tmp_path / "nowhere" / "ape.json")
-    with pytest.raises(PromptError, match="holds no question"):
-        run(document, "--model", "none", "--questions", empty)
-    with pytest.raises(PromptError, match="cannot read the questions"):
-        run(document, "--model", "none", "--questions", tmp_path / "none")
-    with pytest.raises(DocumentError, match="no such file"):
-        run(tmp_path / "missing.txt", "--model", "none")
+    common = ("calibrate", "ape", document, "--model", "none")
+    assert "no such folder" in error(*common, "--out", tmp_path / "nowhere" / "ape.json")
+    assert "holds no question" in error(*common, "--questions", empty)
+    assert "cannot read the questions" in error(*common, "--questions", tmp_path / "none")
+    assert "no such file" in error("calibrate", "ape", tmp_path / "missing.txt", "--model", "none")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
-from kvilt.cli import FAILED, cache, mount
-from kvilt.cli.options import Answering, Loaded, Run, verb
+from kvilt.cli import FAILED, bench, cache, evaluate, talk, train
+from kvilt.cli.options import Answering, Loaded, Output, Run, verb
 from kvilt.cli.several import Several
 
 app = typer.Typer(
@@ -18,7 +19,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cache.app, name="cache")
+for name, part in {"cache": cache, "bench": bench, "evaluate": evaluate, "train": train}.items():
+    app.add_typer(part.app, name=name)
+app.add_typer(evaluate.calibrating, name="calibrate")
 
 
 def _version(wanted: bool) -> None:
@@ -50,6 +53,9 @@ Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store, c
 ForModel = Annotated[
     str | None, Argument(metavar="[MODEL]", help="Say which strategies this model can take, and what others lack.")
 ]
+DemoModel = Annotated[str, Option("--model", "-m", help="Model to show; wrappers and checkpoints ship for builtin.")]
+Asked = Annotated[int, Option("--questions", "-n", min=1, help="Questions to ask.")]
+Picture = Annotated[Path, Option("--out", help="Where the plot goes.")]
 Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
 
 
@@ -102,8 +108,17 @@ def list_(options: Loaded, kind: Kind = None, for_model: ForModel = None) -> Non
     show.out(options.json, catalogue.as_data(kinds), catalogue.lines(kinds))
 
 
-mount.add(app, "bench", "kvilt.lab.bench.cli", "Measure time to first token, load and encoding.")
-mount.add(app, "evaluate", "kvilt.lab.evaluate.cli", "Measure answer quality on datasets.")
-mount.add(app, "calibrate", "kvilt.lab.evaluate.calibrate", "Fit a method's settings to your model and documents: ape.")
-mount.add(app, "train", "kvilt.lab.train.cli", "Train what a strategy needs: kvlink, packet.")
-mount.add(app, "demo", "kvilt.lab.demo", "See it work on the built-in model and documents.")
+@verb(app)
+def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 40, out: Picture = Path("demo.png")) -> None:
+    """Encode the built-in collection, ask about it with every strategy, and print one table."""
+    from kvilt.cli import show
+    from kvilt.lab import demo as story
+
+    talk.silence_libraries(options.verbose, options.quiet)
+    with talk.meter("demo") as meter:
+        rows = story.run(model, questions, meter)
+    heads = [story.COLUMNS[0], *(f"{column}>" for column in story.COLUMNS[1:])]
+    lines = show.table(heads, map(story.cells, rows))
+    show.out(options.json, [dataclasses.asdict(row) for row in rows], [f"{questions} questions", *lines])
+    if story.plot(rows, out):
+        talk.say(f"plot: {out}")

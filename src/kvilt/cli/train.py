@@ -1,20 +1,18 @@
-"""`kvilt train`: what a strategy needs to be trained."""
+"""`kvilt train`: packet, linked-packet, kvlink."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from typer import Argument, Option
 
 from kvilt import registry
 from kvilt.cli import show, talk
-from kvilt.cli.options import Loaded, Named, verb
+from kvilt.cli.options import Loaded, verb
 from kvilt.errors import TrainError
 
 if TYPE_CHECKING:
@@ -26,10 +24,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Config = TypeVar("Config")
+
 Data = Annotated[
     list[str], Argument(metavar="DATA...", help="JSONL files as [kind:]file[@weight]; kinds: docs/training.md.")
 ]
-Out = Annotated[Path, Option("--out", "-o", help="Folder for the result; run again with the same one to resume.")]
+Out = Annotated[Path, Option("--out", "-o", help="Folder for the result; run again with the same one to go on.")]
 HeldOut = Annotated[list[str] | None, Option("--held-out", help="Data to measure on (default: a share of DATA).")]
 Set = Annotated[list[str] | None, Option("--set", help="A setting, as in --set steps=200; all: docs/training.md.")]
 
@@ -40,23 +39,25 @@ def packet(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, sett
     _wrapper(options, data, out, held_out, setting or [])
 
 
-@verb(app)
+@verb(app, "linked-packet")
 def linked_packet(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
     """Train header, trailer and link vectors; writes OUT/wrapper.safetensors."""
     _wrapper(options, data, out, held_out, ["links=4", *(setting or [])])
 
 
 @verb(app)
-def kvlink(options: Named, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
+def kvlink(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
     """Fine-tune the model and its link tokens; writes a checkpoint to OUT."""
     from kvilt.lab.train.kinds import MIXTURE, weighted
     from kvilt.lab.train.kvlink import KVLinkConfig, train_kvlink
 
-    sources, tests = _sources(data, held_out)
-    config = configured(KVLinkConfig(), setting or [])
+    name, (sources, tests) = options.named(), _sources(data, held_out)
+    own = [f"dtype={options.dtype}", *([] if options.system is None else [f"systems={options.system}"])]
+    config = configured(KVLinkConfig, [*own, *(setting or [])])
+    talk.silence_libraries(options.verbose, options.quiet)
     with talk.meter("training") as meter:
-        tell = functools.partial(_told, meter)
-        path = train_kvlink(options.named(), weighted(sources, MIXTURE), config, out, tests, tell)
+        tell = Told(meter)
+        path = train_kvlink(name, weighted(sources, MIXTURE), config, out, tests, tell, options.device)
     show.out(options.json, {"checkpoint": str(path)}, [f"checkpoint: {path}"])
 
 
@@ -65,14 +66,12 @@ def _wrapper(
 ) -> None:
     from kvilt.lab.train.packet import WRAPPER, PacketConfig, train_packet
 
-    config, (sources, tests) = configured(PacketConfig(), settings), _sources(data, held_out)
+    config, (sources, tests) = configured(PacketConfig, settings), _sources(data, held_out)
     engine = options.load("block")
     with talk.meter("training") as meter:
-        made = train_packet(engine, sources, config, out, tests, functools.partial(_told, meter))
-    best = json.loads(made.metadata["best"])
-    show.out(
-        options.json, {"wrapper": str(out / WRAPPER), "best": best}, [f"wrapper: {out / WRAPPER}", f"best: {best}"]
-    )
+        made = train_packet(engine, sources, config, out, tests, Told(meter))
+    result = {"wrapper": str(out / WRAPPER), "best": json.loads(made.metadata["best"])}
+    show.out(options.json, result, [f"{name}: {value}" for name, value in result.items()])
 
 
 def _sources(data: Sequence[str], held_out: Sequence[str] | None) -> tuple[list[Source], list[Sample] | None]:
@@ -83,18 +82,24 @@ def _sources(data: Sequence[str], held_out: Sequence[str] | None) -> tuple[list[
     return [source(spec) for spec in data], tests
 
 
-def configured(config: Config, settings: Sequence[str]) -> Config:
-    """A configuration with "key=value" settings applied. Raises UserError for unknown keys and wrong values."""
-    pairs = {key.strip(): value for key, _, value in (setting.partition("=") for setting in settings)}
-    if wrong := next((s for s in settings if "=" not in s), None):
-        raise TrainError(f"--set {wrong}: write key=value.")
-    cls: Any = type(config)
-    changed: Config = dataclasses.replace(config, **registry.values(cls, pairs, "--set"))  # type: ignore[type-var]
-    return changed
+def configured(cls: type[Config], settings: Sequence[str]) -> Config:
+    """A configuration with "key=value" settings, the last of a key counts. Raises UserError for unknown ones."""
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise TrainError(f"--set {wrong[0]}: write key=value.")
+    given = registry.values(cls, {key: value for key, _, value in pairs}, "--set")
+    return cls(**given)
 
 
-def _told(meter: talk.Meter, p: Progress) -> None:
-    loss = "" if p.loss != p.loss else f", loss {p.loss:.4f}"
-    held_out = "" if p.held_out is None else f", held out: {p.held_out} (best step {p.best_step})"
-    meter.label = p.stage
-    meter(p.step, p.steps, f"{p.step:,}/{p.steps:,}{loss}{held_out}", None if p.left != p.left else p.left)
+class Told:
+    """Tells a meter how far a training is, and about how long it will take."""
+
+    def __init__(self, meter: talk.Meter) -> None:
+        self.meter = meter
+
+    def __call__(self, p: Progress) -> None:
+        """Hear of a step, or of a part of what comes before the first."""
+        left = "" if p.left != p.left else f", about {talk.span(p.left)} left in all"
+        loss = "" if p.loss != p.loss else f", loss {p.loss:.4f}"
+        held_out = "" if p.held_out is None else f"; held out, at best step {p.best_step}: {p.held_out}"
+        self.meter(p.step, p.step, f"{p.stage} {p.step:,} of {p.steps:,}{left}{loss}{held_out}")

@@ -169,6 +169,11 @@ class PlacedCache(Cache):
         for keys in buffer[:, 0, :, : self._end].split(max(1, GROUP_BYTES // max(1, buffer[0, 0].nbytes))):
             self.rotation.rotate(keys, self._angles, keys)
 
+    def place_all(self) -> None:
+        """Place every layer now, before the pass."""
+        self.place(slice(None))
+        self._ready = len(self.buffer)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:

@@ -1,106 +1,106 @@
-"""Decoding, encoding and memory, each against plain transformers in the same run."""
+"""Decoding, encoding, memory and compression, each against plain transformers or plain rows in the same run."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
+from kvilt.compress.base import Compression
+from kvilt.engine.encoder import Encoder
+from kvilt.lab.bench.subject import DOCUMENT_TOKENS, Subject
 from kvilt.lab.bench.timing import seconds, summary, take_turns
-from kvilt.lab.bench.ttft import DOCUMENT_TOKENS, setting
+from kvilt.lab.bench.ttft import setting
 from kvilt.model import attention
-from kvilt.model.decoding import generate
+from kvilt.model.decoding import Settings, generate
 from kvilt.model.model import Model
-from kvilt.types import Encoding
+from kvilt.plan import Plan, Segment
+from kvilt.rows.rows import whole
+from kvilt.stores.disk import DiskStore
+from kvilt.types import Document, DocumentCache, Encoding
 
 
-def decoding(model: Model, folder: Path, documents: int, tokens: int, repeats: int) -> dict[str, Any]:
+def decoding(subject: Subject, folder: Path, documents: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Tokens per second after reuse, and of transformers' `generate` with a DynamicCache of the same length."""
-    made = setting(model, ["block"], folder, documents)
+    model, made = subject.model, setting(subject, ["block"], folder, documents)
     plan = made.engines["block"].plan(made.question, made.documents)
-    prompt = torch.cat([s.tokens for s in plan.segments])
+    prompt, exactly = torch.cat([s.tokens for s in plan.segments]), {"min_new_tokens": tokens}
 
     def ours() -> float:
-        logits, placed = model.run(plan, tokens)
-        taken = seconds(lambda: generate(model, logits, placed, prompt, tokens, min_new_tokens=tokens))
-        model.pool.give(placed.buffer)
-        return taken
+        with model.run(plan, tokens) as run:
+            return seconds(lambda: generate(run, prompt, tokens, Settings.of(model.hf, exactly)))
 
     def plain() -> float:
-        cache = _dynamic(model, len(prompt) - 1)
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
+        options = {
+            **exactly,
+            "max_new_tokens": tokens,
+            "do_sample": False,
+            "past_key_values": _dynamic(model, len(prompt) - 1),
+        }
         with _attention(model, "sdpa"):
-            return seconds(lambda: model.hf.generate(prompt[None].clamp(min=0), **options))
+            return seconds(lambda: model.hf.generate(prompt[None].clamp(min=0).to(model.shape.device), **options))
 
-    found = take_turns({"kvilt": ours, "transformers": plain}, repeats + 1)
-    rates = {name: summary([(tokens - 1) / s for s in values[1:]]) for name, values in found.items()}
-    return {
-        "context": len(prompt),
-        "tokens": tokens,
-        "tokens_per_s": rates,
-        "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"],
-    }
+    with closing(made.store):
+        return {"context": len(prompt), "tokens": tokens, **_rates(ours, plain, tokens - 1, repeats)}
+
+
+def _rates(ours: Callable[[], float], plain: Callable[[], float], tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second of both, taking turns; the first round warms up."""
+    times = take_turns({"kvilt": ours, "transformers": plain}, repeats + 1)
+    rates = {name: summary([tokens / s for s in values[1:]]) for name, values in times.items()}
+    return {"tokens_per_s": rates, "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"]}
 
 
 def _dynamic(model: Model, rows: int) -> DynamicCache:
     s, cache = model.shape, DynamicCache()
     for layer in range(s.layers):
-        cache.update(*(torch.randn(1, s.heads, rows, s.head_dim, dtype=s.dtype) for _ in range(2)), layer)
+        cache.update(*torch.randn(2, 1, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device), layer)
     return cache
 
 
-class _attention:  # noqa: N801 (a context manager, used like a function)
+@contextmanager
+def _attention(model: Model, name: str) -> Iterator[None]:
     """Another attention implementation for the length of a block."""
-
-    def __init__(self, model: Model, name: str) -> None:
-        self.model, self.name = model, name
-
-    def __enter__(self) -> None:
-        self.model.hf.set_attn_implementation(self.name)
-
-    def __exit__(self, *_: object) -> None:
-        self.model.hf.set_attn_implementation(attention.NAME)
+    model.hf.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.hf.set_attn_implementation(attention.NAME)
 
 
-def encoding(model: Model, batch: int, repeats: int) -> dict[str, Any]:
+def encoding(subject: Subject, batch: int, repeats: int) -> dict[str, Any]:
     """Tokens per second of encoding (caches cut out and compacted), and of plain batched prefill without padding."""
-    documents = [torch.randint(5, 4000, (DOCUMENT_TOKENS,)) for _ in range(batch)]
-    stacked = nn.utils.rnn.pad_sequence(documents, batch_first=True)
-
-    def ours() -> float:
-        return seconds(lambda: model.encode(documents, Encoding()))
+    model = subject.model
+    ids = [subject.text.document_ids(d)[:DOCUMENT_TOKENS] for d in subject.documents(batch)]
+    stacked = torch.stack(ids)  # (documents, tokens)
 
     def plain() -> float:
-        with _attention(model, "sdpa"):
-            return seconds(lambda: _prefill(model, stacked))
+        with _attention(model, "sdpa"), torch.no_grad():
+            return seconds(lambda: model.hf(stacked.to(model.shape.device), use_cache=True, logits_to_keep=1))
 
-    found = take_turns({"kvilt": ours, "transformers": plain}, repeats + 1)
-    rates = {name: summary([stacked.numel() / s for s in values[1:]]) for name, values in found.items()}
-    return {"batch": batch, "tokens_per_s": rates, "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"]}
-
-
-@torch.no_grad()
-def _prefill(model: Model, ids: Tensor) -> None:
-    model.hf(ids, use_cache=True, logits_to_keep=1)
+    ours = lambda: seconds(lambda: model.encode(list(stacked), Encoding()))  # noqa: E731
+    return {"batch": batch, **_rates(ours, plain, stacked.numel(), repeats)}
 
 
 MEMORY_SCRIPT = """
 import re, sys
 from pathlib import Path
-from kvilt.lab.bench.models import random_model
+from kvilt.lab.bench.subject import random_subject
 from kvilt.lab.bench.ttft import setting
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 shape, documents, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-model = random_model(shape)
-made = setting(model, ["block"], folder, documents)
+subject = random_subject(shape)
+made, model = setting(subject, ["block"], folder, documents), subject.model
 engine = made.engines["block"]
 if sys.argv[4] == "answer":
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -123,3 +123,74 @@ def memory(shape: str, folder: Path, documents: int) -> dict[str, Any]:
     grown = peak - before
     sizes = {"before": before, "peak": peak, "placed_cache": cache, "weights": weights, "grown": grown}
     return {**sizes, "beyond_model_and_cache": (grown - cache) / (weights + cache)}
+
+
+def compression(
+    subject: Subject, documents: Sequence[Document], specs: Sequence[str], folder: Path, repeats: int
+) -> dict[str, Any]:
+    """Bytes per token, relative errors of keys and values, and seconds to read and place, of each compression.
+
+    "" is none, and what the others are held to; caches are read from disk."""
+    rows: dict[str, Any] = {}
+    turns: dict[str, Callable[[], float]] = {}
+    plain: list[DocumentCache] = []
+    model = subject.model
+    for spec in ("", *(s for s in specs if s)):
+        store = DiskStore(str(folder))
+        encoder = Encoder(model, subject.text, store, Encoding(), compression=Compression.of(spec))
+        encoder.encode(documents)
+        items = encoder.items(documents)
+        there = encoder.obtain(items)
+        caches = [there[i.key.digest] for i in items]
+        plain = plain or caches
+        tokens, name = sum(c.length for c in plain), spec or "none"
+        keys, values = _errors(caches, plain)
+        rows[name] = {
+            "bytes_per_token": sum(c.nbytes for c in caches) / tokens,
+            "keys_error": keys,
+            "values_error": values,
+        }
+        turns[name] = _placing(model, _plan(caches))
+        store.close()
+    times = take_turns(turns, repeats + 1)  # the first round warms up
+    for name, row in rows.items():
+        row["load_s"] = summary(times[name][1:])
+        row["load_of_plain"] = row["load_s"]["median"] / summary(times["none"][1:])["median"]
+    return {"dtype": str(model.shape.dtype), "tokens": tokens, "documents": len(documents), "rows": rows}
+
+
+def _errors(caches: Sequence[DocumentCache], plain: Sequence[DocumentCache]) -> tuple[float, float] | tuple[None, None]:
+    """Root mean square errors of the kept rows' keys and values over all layers, relative; None for shortened texts."""
+    off, size = torch.zeros(2), torch.zeros(2)
+    for one, other in zip(caches, plain, strict=True):
+        assert one.rows is not None
+        assert other.rows is not None
+        if not torch.equal(one.tokens, other.tokens):
+            return None, None
+        wanted = whole(other.rows)[:, :, :, one.offsets].float()
+        off += _squares(whole(one.rows).float() - wanted)
+        size += _squares(wanted)
+    keys, values = (off / size).sqrt().tolist()
+    return keys, values
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum((0, 2, 3, 4))  # (2,): keys, values
+
+
+def _plan(caches: Sequence[DocumentCache]) -> Plan:
+    segments, at = [], 0
+    for cache in caches:
+        segments.append(Segment(cache.placed_tokens, at, cache))
+        at += cache.length
+    return Plan((*segments, Segment(torch.zeros(1, dtype=torch.long), at)), at + 1)
+
+
+def _placing(model: Model, plan: Plan) -> Callable[[], float]:
+    """Reading all layers from their files, decoding, and placing them."""
+
+    def once() -> float:
+        with model.placed(plan) as placed:
+            return seconds(placed.place_all)
+
+    return once

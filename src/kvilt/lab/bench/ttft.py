@@ -1,13 +1,13 @@
-"""Time to first token of strategies, beside full prefill and beside the floor.
+"""Time to first token of strategies over context length, beside full prefill and beside the floor.
 
 Everything a request pays is inside: tokenisation, keys, reading the documents' files, placing, the pass, picking the token.
 The floor is the forward pass of the computed tokens alone over an already placed buffer, plus the bytes of the reused
-rows at the rate at which `readinto` reads the same files into a reused buffer.
-"""
+rows at the rate at which `readinto` reads the same files into a reused buffer."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from kvilt.engine.engine import Engine
-from kvilt.engine.text import TextFormat
-from kvilt.lab.bench.models import collection, text_of, word_tokenizer
+from kvilt.errors import MissingExtra, UserError
+from kvilt.lab.bench.subject import DOCUMENT_TOKENS, Subject
 from kvilt.lab.bench.timing import seconds, summary, take_turns
 from kvilt.model.model import Model
-from kvilt.model.placing import PlacedCache
 from kvilt.plan import Plan
 from kvilt.registry import build
 from kvilt.stores.disk import DiskStore
@@ -28,8 +27,7 @@ from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document
 
-QUESTION_TOKENS = 20
-DOCUMENT_TOKENS = 500
+LONG_CONTEXT = 6000  # tokens; full prefill of longer prompts takes minutes and is measured once
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,32 +37,53 @@ class Setting:
     engines: dict[str, Engine]
     documents: list[Document]
     question: str
-    store: Path
+    store: DiskStore
 
 
-def setting(model: Model, specs: Sequence[str], folder: Path, documents: int, compress: str = "") -> Setting:
-    """Encode the collection for every strategy and warm the page cache by answering once."""
+def run(
+    subject: Subject, counts: Sequence[int], strategies: Sequence[str], repeats: int,
+    note: Callable[[str], None], keep: Path | None = None, compress: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """TTFT rows per number of documents, full prefill always among them; caches are kept in `keep` for the next run.
+
+    Counts that the model's context does not hold are left out. Raises UserError when it holds none."""
+    context, s = subject.model.context_length, subject.model.shape
+    fitting = [n for n in counts if (n + 1) * DOCUMENT_TOKENS <= context]
+    if len(fitting) < len(counts):
+        note(
+            f"the context of {subject.name} holds {context} tokens: at most {context // DOCUMENT_TOKENS - 1} documents."
+        )
+    if not fitting:
+        raise UserError(f"{min(counts)} documents of {DOCUMENT_TOKENS} tokens: the context holds {context} tokens.")
+    points, specs = [], list(dict.fromkeys(["full", *strategies]))
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in fitting:
+            note(f"{count} documents of {DOCUMENT_TOKENS} tokens: encoding")
+            made = setting(subject, specs, keep or Path(temporary), count, compress)
+            note(f"{count} documents of {DOCUMENT_TOKENS} tokens: measuring")
+            rows = measure(made, repeats, full_once=count * DOCUMENT_TOKENS > LONG_CONTEXT)
+            made.store.close()
+            points.append({"documents": count, "context": count * DOCUMENT_TOKENS, "rows": rows})
+    made_with = {"dtype": str(s.dtype).removeprefix("torch."), "device": str(s.device), "repeats": repeats}
+    return {"shape": subject.name, **made_with, "compress": compress, "points": points}
+
+
+def setting(subject: Subject, specs: Sequence[str], folder: Path, documents: int, compress: str = "") -> Setting:
+    """Encode the documents for every strategy; WRAPPER in a specification stands for random vectors."""
     logging.getLogger("kvilt").setLevel(logging.ERROR)
-    store = DiskStore(path=str(folder / "store"))
-    text = TextFormat.of(word_tokenizer(), system="w1 w2 w3 w4 w5")
-    wrapper = folder / "wrapper.safetensors"
-    width = model.hf.config.hidden_size
+    store, wrapper = DiskStore(str(folder / "store")), folder / "wrapper.safetensors"
     if not wrapper.is_file():
-        header, trailer, links = torch.randn(3, 8, width) * 0.02
+        header, trailer, links = torch.randn(3, 8, subject.model.hf.config.hidden_size) * 0.02
+        folder.mkdir(parents=True, exist_ok=True)
         Wrapper(header, trailer, links=links).save(wrapper)
-    engines = {spec: Engine(model, text, _strategy(spec, wrapper), store, compress=compress) for spec in specs}
-    texts = collection(documents, DOCUMENT_TOKENS - 1)
-    for engine in engines.values():
-        if engine.strategy.encoding is not None:
-            engine.encode(texts)
-    return Setting(engines, texts, text_of(QUESTION_TOKENS, seed=9999), folder / "store")
-
-
-def _strategy(spec: str, wrapper: Path) -> Strategy:
-    spec = spec.replace("WRAPPER", str(wrapper))
-    strategy = build("strategy", spec)
-    assert isinstance(strategy, Strategy)
-    return strategy
+    engines, texts = {}, subject.documents(documents)
+    for spec in specs:
+        strategy = build("strategy", spec.replace("WRAPPER", f"'{wrapper}'"))
+        assert isinstance(strategy, Strategy)
+        engines[spec] = Engine(subject.model, subject.text, strategy, store, compress=compress)
+        if engines[spec].strategy.encoding is not None:
+            engines[spec].encode(texts)
+    return Setting(engines, texts, subject.question, store)
 
 
 def measure(made: Setting, repeats: int, full_once: bool = False) -> dict[str, dict[str, Any]]:
@@ -83,32 +102,31 @@ def measure(made: Setting, repeats: int, full_once: bool = False) -> dict[str, d
     reusing = {name: e for name, e in made.engines.items() if e.strategy.encoding is not None}
     plans = {name: e.plan(made.question, made.documents) for name, e in reusing.items()}
     turns |= {f"{name} forward": _forward(made.engines[name].model, plan) for name, plan in plans.items()}
-    files = _files(made, next(iter(plans.values())))
+    files = _files(made, next(iter(plans.values()))) if plans else []
     turns["readinto"] = lambda: _readinto(files)
     for warm in (t for name, t in turns.items() if name != "full"):
         warm()
-    found = take_turns(turns, repeats, once=("full",) if full_once else ())
-    rate = sum(f.stat().st_size for f in files) / summary(found["readinto"])["median"]
-    return {name: _row(name, made, found, plans.get(name), rate) | {"steps_s": steps[name]} for name in made.engines}
+    times = take_turns(turns, repeats, once=("full",) if full_once else ())
+    rate = sum(f.stat().st_size for f in files) / summary(times["readinto"])["median"]
+    return {name: _row(name, made, times, plans.get(name), rate) | {"steps_s": steps[name]} for name in made.engines}
 
 
 def _files(made: Setting, plan: Plan) -> list[Path]:
     """The files that a plan reads."""
     keys = [s.cache.key.digest for s in plan.segments if s.cache is not None]
-    return [next(made.store.rglob(f"{key}*.safetensors")) for key in keys]
+    return [next(made.store.path.rglob(f"{key}*.safetensors")) for key in keys]
 
 
-def _row(name: str, made: Setting, found: dict[str, list[float]], plan: Plan | None, rate: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"ttft_s": summary(found[name])}
-    if "full" in found:
-        row["of_full"] = row["ttft_s"]["median"] / summary(found["full"])["median"]
+def _row(name: str, made: Setting, times: dict[str, list[float]], plan: Plan | None, rate: float) -> dict[str, Any]:
+    taken = summary(times[name])
+    row: dict[str, Any] = {"ttft_s": taken, "of_full": taken["median"] / summary(times["full"])["median"]}
     if plan is None:
         return row
     loaded = sum(s.cache.nbytes for s in plan.segments if s.cache is not None and s.reused.any())
-    forward = summary(found[f"{name} forward"])["median"]
+    forward = summary(times[f"{name} forward"])["median"]
     floor = forward + loaded / rate
     row |= {"forward_s": forward, "bytes": loaded, "readinto_bytes_per_s": rate, "floor_s": floor}
-    row |= {"of_floor": row["ttft_s"]["median"] / floor, "computed_tokens": len(plan.computed_rows)}
+    row |= {"of_floor": taken["median"] / floor, "computed_tokens": len(plan.computed_rows)}
     return {**row, "charged": plan.charged(made.engines[name].info.linear_cost)}
 
 
@@ -116,14 +134,9 @@ def _forward(model: Model, plan: Plan) -> Callable[[], float]:
     """The computed tokens' pass alone over rows that lie in the buffer already."""
 
     def once() -> float:
-        placed = PlacedCache(plan, model.pool.take(len(plan.positions)), model.rope)
-        for layer in range(model.shape.layers):
-            placed.place(layer)
-        placed.pieces = []
-        with torch.no_grad():
-            taken = seconds(lambda: model.forward(plan, placed, logits_to_keep=1))
-        model.pool.give(placed.buffer)
-        return taken
+        with model.placed(plan) as placed:
+            placed.place_all()
+            return seconds(lambda: model.forward(plan, placed, 1))
 
     return once
 
@@ -139,3 +152,44 @@ def _readinto(files: Sequence[Path]) -> float:
 
     once()  # the buffer's pages exist
     return seconds(once)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: one row per context and strategy."""
+    heads = ("context", "strategy", "runs", "TTFT s", "of full", "floor s", "TTFT / floor", "computed", "MB loaded")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for point in result["points"]:
+        lines += [_line(point["context"], name, row) for name, row in point["rows"].items()]
+    return "\n".join(lines)
+
+
+def _line(context: int, name: str, row: dict[str, Any]) -> str:
+    share, taken = f"{100 * row['of_full']:.2f} %" if "of_full" in row else "", row["ttft_s"]
+    head = f"| {context} | {name.split(':wrapper')[0]} | {taken['n']} | {taken['median']:.3f} | {share} |"
+    if "floor_s" not in row:
+        return f"{head} | | | |"
+    costs = f"{row['floor_s']:.3f} | {row['of_floor']:.2f} | {row['computed_tokens']} | {row['bytes'] / 1e6:.0f}"
+    return f"{head} {costs} |"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """TTFT over context length, logarithmic, beside full prefill and the floor. Raises MissingExtra without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "plot") from error
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # drawn in memory: no window, no global state
+    axes: Any = figure.subplots()
+    for name in dict.fromkeys(name for p in result["points"] for name in p["rows"]):
+        here = [(p["context"], p["rows"][name]) for p in result["points"] if name in p["rows"]]
+        contexts, rows = [c for c, _ in here], [row for _, row in here]
+        line = axes.plot(contexts, [r["ttft_s"]["median"] for r in rows], "o-", label=name.split(":wrapper")[0])
+        if all("floor_s" in r for r in rows):
+            axes.plot(contexts, [r["floor_s"] for r in rows], ":", color=line[0].get_color())
+    axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")
+    axes.set_title(f"{result['shape']}, {result['dtype']}, {result['device']} (dotted: floor)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -5,22 +5,18 @@ Nothing needs labels: what full recompute answers is what APE is held to."""
 from __future__ import annotations
 
 import functools
-import json
+import itertools
 import random
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from torch import Tensor
-from typer import Argument, Option
 
-from kvilt.engine.documents import read_documents
 from kvilt.engine.engine import Engine
-from kvilt.errors import DocumentError, PromptError, UserError
+from kvilt.errors import DocumentError, PromptError
 from kvilt.lab.evaluate.fidelity import divergence
+from kvilt.rows.files import text_lines
 from kvilt.strategies.ape import Ape, ApeProfile
 from kvilt.types import Document
 
@@ -30,9 +26,6 @@ SCALES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 QUOTED = 8  # words of a document that a question of ours quotes
 FILLED = 0.5  # share of the context that a prompt's documents may take
 
-app = typer.Typer(
-    help="Fit a method's settings to your model and documents.", add_completion=False, rich_markup_mode=None
-)
 Ask = tuple[str, list[Document]]  # a question and the documents it is asked about
 
 
@@ -50,7 +43,7 @@ def calibrate(
     engine: Engine,
     prompts: Sequence[Ask],
     tokens: int = 16,
-    on_progress: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, str], None] = lambda number, line: None,
 ) -> ApeProfile:
     """Choose by mean KL to full recompute on every second prompt; the others must agree, and give the figures.
 
@@ -61,19 +54,19 @@ def calibrate(
         raise PromptError("nothing to calibrate on: no questions.")
     full = engine.with_strategy("full")
     targets = [_target(full, *p, tokens) for p in prompts]
-    fitted, held_out = targets[::2], targets[1::2] or targets
+    fitted, held_out, tried = targets[::2], targets[1::2] or targets, itertools.count(1)
 
     @functools.cache
     def kl(temperature: float, scale: float) -> float:
         mean = _distance(engine, fitted, temperature, scale)
-        on_progress(f"temperature {temperature}, scale {scale}: KL {mean:.4f}")
+        on_progress(next(tried), f"temperature {temperature}, scale {scale}: KL {mean:.4f}")
         return mean
 
     best = descend(kl, TEMPERATURES, SCALES)
-    found, plain = (_distance(engine, held_out, *setting) for setting in (best, PLAIN))
-    if found >= plain:  # what seemed better was chance
-        best, found = PLAIN, plain
-    return ApeProfile(*best, engine.info.digest, found, plain)
+    reached, plain = (_distance(engine, held_out, *setting) for setting in (best, PLAIN))
+    if reached >= plain:  # what seemed better was chance
+        best, reached = PLAIN, plain
+    return ApeProfile(*best, engine.info.digest, reached, plain)
 
 
 def descend(
@@ -86,10 +79,10 @@ def descend(
     while True:
         i, j = first.index(best[0]), second.index(best[1])
         near = [(a, b) for a in first[max(i - 1, 0) : i + 2] for b in second[max(j - 1, 0) : j + 2]]
-        found = min([best, *near], key=lambda pair: cost(*pair))
-        if found == best:
+        closest = min([best, *near], key=lambda pair: cost(*pair))
+        if closest == best:
             return best
-        best = found
+        best = closest
 
 
 def _target(full: Engine, question: str, documents: list[Document], tokens: int) -> Target:
@@ -143,50 +136,14 @@ def _fitting(engine: Engine, documents: Sequence[Document], order: Sequence[int]
     return used
 
 
-@app.callback()
-def calibration() -> None:
-    """Fit a method's settings to your model and documents."""
-
-
-@app.command()
-def ape(
-    docs: Annotated[list[str], Argument(metavar="DOCS...", help=".txt, .md or .jsonl files, or folders of them.")],
-    model: Annotated[str, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")],
-    out: Annotated[Path, Option("--out", "-o", help="The profile, a JSON file.")] = Path("ape.json"),
-    questions: Annotated[
-        Path | None, Option("--questions", help="Text file, one question a line (default: made up from the documents).")
-    ] = None,
-    prompts: Annotated[int, Option("--prompts", min=1, help="Make up this many.")] = 48,
-    group: Annotated[int, Option("--group", min=1, help="Documents in a prompt.")] = 5,
-    system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None,
-    dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, Option("--json", help="Print JSON on stdout.")] = False,
-) -> None:
-    """Choose APE's temperature and scale by closeness to full recompute; prints the strategy to use from then on."""
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: there is no such folder.")
-    documents, lines = read_documents(docs), _lines(questions)
-    engine = Engine.load(model, "ape", "memory", system=system, dtype=dtype, device=device)
-    sets = made_up(engine, documents, prompts, group) if lines is None else asked(engine, documents, lines, group)
-    profile = calibrate(engine, sets, on_progress=lambda line: print(line, file=sys.stderr))
-    close = f"KL to full recompute {profile.kl:.4f} nats per token, {profile.plain:.4f} with temperature and scale 1"
-    print(f"temperature {profile.temperature}, scale {profile.scale}: {close}", file=sys.stderr)
-    try:
-        profile.save(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}.") from error
-    spec = f"ape:profile={out}"
-    print(json.dumps({"strategy": spec, **asdict(profile), "prompts": len(sets)}) if as_json else spec)
-
-
-def _lines(file: Path | None) -> list[str] | None:
+def lines(file: Path | None) -> list[str] | None:
+    """The questions of a text file, one a line. Raises PromptError where there are none."""
     if file is None:
         return None
     try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read the questions in {file}: {error}.") from error
-    if not found:
+        asked = [line.strip() for line in text_lines(file) if line.strip()]
+    except DocumentError as error:
+        raise PromptError(f"cannot read the questions: {error}") from error
+    if not asked:
         raise PromptError(f"{file} holds no question; write one a line.")
-    return found
+    return asked

@@ -32,16 +32,6 @@ from kvilt.types import Answer, Usage, digest_of
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is: `done` of `total` samples × strategies, and what was done last."""
-
-    task: str
-    strategy: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Lane:
     """One row of the table: an engine under a strategy, and its record file."""
 
@@ -58,7 +48,7 @@ def run(
     out_dir: str | Path,
     limit: int | None = None,
     seed: int = 0,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     shuffle: bool = False,
     first: bool = False,
@@ -82,10 +72,9 @@ def run(
             lanes.append(Lane(role, label, one, stack.enter_context(closing(RecordFile(file, header)))))
         total, done = len(samples) * len(lanes), 0
         for sample in samples:
-            for lane in _run_sample(sample, lanes, task):
+            for _ in _run_sample(sample, lanes, task):
                 done += 1
-                if on_progress is not None:
-                    on_progress(Progress(task.label, lane.label, done, total))
+                on_progress(done, total)
     return [lane.records.path for lane in lanes]
 
 

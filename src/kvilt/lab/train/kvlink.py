@@ -19,7 +19,7 @@ from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings,
 from kvilt.lab.train.packet import TRAINING
 from kvilt.lab.train.tokens import link_tokens, start_links
 from kvilt.lab.train.trained import LowRank, Trained, Weights
-from kvilt.model.loading import SHORT, load_model
+from kvilt.model.loading import SHORT, choose_dtype, load_model
 from kvilt.model.model import Model
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
@@ -42,7 +42,7 @@ class KVLinkConfig(Settings):
     answer_tokens: int = 1024  # longest answer learned; plain text is cut at max_tokens
     fewest: int = 0  # documents of a draw at least, where the data names gold ones; 0: always all
     systems: tuple[str, ...] = ()  # system texts, one of which each sample gets; none: the serving default
-    dtype: str = "auto"  # of the passes: bfloat16 on CUDA, float32 on a CPU; weights stay float32
+    dtype: str = "auto"  # of the passes: bfloat16 where it is faster, else float32; weights stay float32
     lr: float = 5e-6
     schedule: str = "cosine"
     warmup: float = 0.1
@@ -64,11 +64,10 @@ class KVLinkConfig(Settings):
             "dtype": SHORT.get(self.dtype, self.dtype) not in ("auto", "float32", "bfloat16"),
         }
 
-    @property
-    def half(self) -> torch.dtype | None:
+    def half(self, device: torch.device) -> torch.dtype | None:
         """The dtype of the passes, where it is not float32."""
-        chosen = torch.cuda.is_available() if self.dtype == "auto" else SHORT.get(self.dtype, self.dtype) == "bfloat16"
-        return torch.bfloat16 if chosen else None
+        kind, _ = choose_dtype(self.dtype, torch.bfloat16, device)
+        return None if kind == torch.float32 else kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +112,7 @@ def train_kvlink(
     out: str | Path,
     held_out: Sequence[Sample] | None = None,
     on_progress: Report = lambda _: None,
+    device: str = "auto",
 ) -> Path:
     """Fine-tune a checkpoint (folder or hub name); OUT gets the best held-out step and its kvlink.json.
 
@@ -126,15 +126,15 @@ def train_kvlink(
         sources, held_out = split_held_out(sources, c.held_out, c.seed)
     check_disjoint(sources, held_out)
     every = (*sources, aside(held_out, c.held_out_limit))
-    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and torch.cuda.is_available() else "auto"
-    loaded, tokenizer = load_model(model, "float32", local)
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    loaded, tokenizer = load_model(model, "float32", device)
     tokens = _tokens(loaded.hf, tokenizer, c)
     examples = _examples(loaded, tokenizer, tokens, every, c)
     examples.check()
     checkpoint.claim(out / TRAINING, c, loaded.digest, *(s.digest for source in every for s in source.samples))
-    trained = (
-        LowRank(loaded, c.lora, sorted(tokens.every), half=c.half, seed=c.seed) if c.lora else Weights(loaded, c.half)
-    )
+    half, ids = c.half(loaded.shape.device), sorted(tokens.every)
+    trained = LowRank(loaded, c.lora, ids, half=half, seed=c.seed) if c.lora else Weights(loaded, half)
     Loop(_run(trained, examples, out / TRAINING, on_progress)).train()
     if os.environ.get("RANK", "0") == "0":
         _write(trained, tokenizer, tokens, out)

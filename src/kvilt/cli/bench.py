@@ -1,0 +1,119 @@
+"""`kvilt bench`: results as JSON and Markdown, with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from kvilt.cli import talk
+from kvilt.cli.options import Loaded, Output, verb
+from kvilt.errors import UserError
+
+if TYPE_CHECKING:
+    from kvilt.lab.bench.subject import Subject
+
+app = typer.Typer(
+    help="Measure time to first token, decoding, encoding, memory and compression.", rich_markup_mode=None
+)
+STRATEGIES = ["block", "kv_packet:wrapper=WRAPPER", "kvlink:links=5"]
+
+Shape = Annotated[str, Option(help="Shape of a randomly initialised model: llama-1b, llama-8b, llama-30m.")]
+Repeats = Annotated[int, Option(min=1, help="Rounds; medians are reported.")]
+Counts = Annotated[str, Option("--documents", help="Documents of 500 tokens per prompt; a list gives a curve: 2,4,8.")]
+Documents = Annotated[int, Option(min=1, help="Documents of 500 tokens in the prompt.")]
+Docs = Annotated[list[str] | None, Option("--docs", "-d", help="Texts for the documents, as for encode.")]
+Strategies = Annotated[
+    list[str] | None, Option("--strategy", "-s", help="Strategies beside full; WRAPPER stands for a random one.")
+]
+Compress = Annotated[str, Option(help="Compression of the documents: keydiff:keep=0.5+int8.")]
+Compressions = Annotated[list[str] | None, Option("--compress", help="What to measure, beside none.")]
+Out = Annotated[Path | None, Option(help="Folder for the JSON result (and plot).")]
+Keep = Annotated[Path | None, Option(help="Folder that keeps the caches between runs.")]
+
+
+@verb(app)
+def ttft(
+    options: Loaded, shape: Shape = "llama-1b", docs: Docs = None, documents: Counts = "2,4,10,16,32",
+    strategy: Strategies = None, compress: Compress = "", repeats: Repeats = 3, out: Out = None, keep: Keep = None,
+) -> None:  # fmt: skip
+    """Time to first token per strategy, beside full prefill and beside the floor; of --model, or of a shape."""
+    from kvilt.lab.bench import ttft as bench
+
+    if not all(n.strip().isdigit() and int(n) for n in documents.split(",")):
+        raise UserError(f"--documents {documents}: write numbers with commas, as 2,4,8.")
+    chosen = strategy or (["block"] if options.model else STRATEGIES)
+    counts = [int(n) for n in documents.split(",")]
+    result = bench.run(_subject(options, shape, docs), counts, chosen, repeats, talk.say, keep, compress)
+    _finish("ttft", result, out, options.json, bench.table(result))
+    if out:
+        bench.plot(result, out / "ttft.png")
+
+
+@verb(app)
+def decode(
+    options: Loaded, shape: Shape = "llama-1b", documents: Documents = 10, tokens: int = 32, repeats: Repeats = 5,
+    out: Out = None,
+) -> None:  # fmt: skip
+    """Tokens per second after reuse, beside transformers' generate."""
+    from kvilt.lab.bench import others
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = others.decoding(_subject(options, shape), Path(folder), documents, tokens, repeats)
+    _finish("decode", result, out, options.json)
+
+
+@verb(app)
+def encode(options: Loaded, shape: Shape = "llama-1b", batch: int = 4, repeats: Repeats = 5, out: Out = None) -> None:
+    """Encoding speed, beside plain batched prefill."""
+    from kvilt.lab.bench import others
+
+    _finish("encode", others.encoding(_subject(options, shape), batch, repeats), out, options.json)
+
+
+@verb(app)
+def memory(options: Output, shape: Shape = "llama-1b", documents: Documents = 10, out: Out = None) -> None:
+    """Peak memory of one answer in a fresh process."""
+    from kvilt.lab.bench import others
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = others.memory(shape, Path(folder), documents)
+    _finish("memory", result, out, options.json)
+
+
+@verb(app)
+def compression(
+    options: Loaded, shape: Shape = "llama-1b", docs: Docs = None, compress: Compressions = None,
+    documents: Documents = 10, repeats: Repeats = 5, out: Out = None,
+) -> None:  # fmt: skip
+    """Bytes per token, relative errors of keys and values, and load time of each compression."""
+    from kvilt.lab.bench import others
+
+    subject = _subject(options, shape, docs)
+    with tempfile.TemporaryDirectory() as folder:
+        specs = compress or ["int8", "int4", "fp8"]
+        result = others.compression(subject, subject.texts[:documents], specs, Path(folder), repeats)
+    _finish("compression", {"model": subject.name, **result}, out, options.json)
+
+
+def _subject(options: Loaded, shape: str, docs: list[str] | None = None) -> Subject:
+    from kvilt.lab.bench import subject
+
+    talk.silence_libraries(options.verbose, options.quiet)
+    if not options.model:
+        return subject.random_subject(shape, options.dtype, options.device)
+    return subject.named_subject(options.model, options.read(docs or []), options.dtype, options.device)
+
+
+def _finish(name: str, result: dict[str, Any], out: Path | None, as_json: bool, table: str | None = None) -> None:
+    from kvilt.lab.bench.timing import machine
+
+    text = json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1)
+    print(text if as_json or table is None else table)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(text + "\n")
