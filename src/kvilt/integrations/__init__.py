@@ -1,0 +1,1 @@
+"""Kvilt inside other systems: vllm/ serves documents in any order through stock vLLM."""
