@@ -24,6 +24,9 @@ from kvilt.strategies.base import Strategy
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, Prompt, digest_of
 
 
+TRIAL = 1024  # tokens of the documents that a strategy plans with when a server starts
+
+
 @dataclass(frozen=True)
 class Settings:
     """`kv_connector_extra_config`: what `kvilt vllm` hands to vLLM's processes."""
@@ -82,11 +85,19 @@ class Checkpoint:
         self.folder = _folder(source)
         config = AutoConfig.from_pretrained(self.folder)
         support.check_config(config)
-        stated = identity.config_of(self.folder)
         hf = skeleton(config)
         self.rotation: Rotation = rotation_of(hf)
-        self.digest, self.rope = identity.of_files(self.folder), identity.of_rope(stated)
-        self.dtype = identity.stored_dtype(stated)
+        if hasattr(identity, "of_files"):
+            stated = identity.config_of(self.folder)
+            self.digest, self.rope = identity.of_files(self.folder), identity.of_rope(stated)
+            self.dtype = identity.stored_dtype(stated)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            whole = AutoModelForCausalLM.from_pretrained(self.folder, dtype=config.dtype)
+            self.digest = identity.weights_digest(whole)
+            self.rope = digest_of(self.rotation.identity, identity.config_digest(whole.config))
+            self.dtype = str(config.dtype).removeprefix("torch.")
         layer = support.decoder_layers(hf)[1][0]
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
         self.info = ModelInfo(
@@ -127,6 +138,7 @@ class Deployment:
             sink=next((i for i in ids if i is not None), None),
             reserved=tuple(sorted(i for token, i in added.items() if "reserved" in token)),
         )
+        self.needs_embeddings = False  # whether learned vectors are computed in prompts
         self._try()
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (lives as long as the process)
@@ -154,10 +166,11 @@ class Deployment:
         strategy = self.bound((1, 2, 3))
         if strategy.encoding is None:
             raise SpecError(f"strategy {self.settings.strategy!r} reuses nothing: vLLM alone does that.")
-        documents = tuple(self._pretend(strategy, torch.arange(40) + i) for i in range(2))
+        documents = tuple(self._pretend(strategy, torch.arange(TRIAL) + i) for i in range(2))
         system = self._pretend(replace(strategy, encoding=Encoding()), torch.tensor([1, 2, 3]))
         try:
-            place(self.plan(Prompt(system, documents, torch.arange(5), ("", "")), strategy), 1.0)
+            placed = place(self.plan(Prompt(system, documents, torch.arange(5), ("", "")), strategy), 1.0)
+            self.needs_embeddings = placed.soft is not None
         except NeedsProbe as error:
             raise NeedsProbe(f"strategy {self.settings.strategy!r} is not served by vLLM: {error}") from error
         except PromptError as error:

@@ -22,7 +22,7 @@ from kvilt.integrations.vllm.deployment import Settings
 from kvilt.integrations.vllm.plans import Piece
 from kvilt.rows.rows import Angles, HeadRows, Rotation
 from kvilt.stores.store import Store
-from kvilt.types import CacheKey, DocumentCache, Rows
+from kvilt.types import CacheKey, Rows
 
 GROUP_BYTES = 8 << 20  # rows that are read, rotated and written at a time
 LAYER = re.compile(r"\.(\d+)\.")
@@ -100,24 +100,22 @@ class Loader:
         keys = list(dict.fromkeys(piece.key for piece in load.pieces))
         caches = dict(zip(keys, self.store.get_many(keys), strict=True))
         blocks = torch.tensor(load.blocks)
-        found: dict[tuple[CacheKey, int], Source] = {}
+        last: dict[tuple[CacheKey, int], Source] = {}  # by document and place
+        sources: list[Source] = []
         missing: set[int] = set()
         for piece in load.pieces:
             at = torch.arange(piece.slot, piece.slot + piece.count)
             slots = blocks[at // self.block_size] * self.block_size + at % self.block_size
-            source = found.get((piece.key, piece.base)) or self._source(piece, caches[piece.key])
-            if source is None or piece.first + piece.count > len(source.slots):
+            rows, cache, place = slice(piece.first, piece.first + piece.count), caches[piece.key], (piece.key, piece.base)
+            if cache is None or cache.rows is None or rows.stop > len(cache.offsets):
                 missing |= set((slots // self.block_size).tolist())
                 continue
-            found[piece.key, piece.base] = source
-            source.slots[piece.first : piece.first + piece.count] = slots
-        return list(found.values()), missing
-
-    def _source(self, piece: Piece, cache: DocumentCache | None) -> Source | None:
-        if cache is None or cache.rows is None:
-            return None
-        nowhere = torch.full((len(cache.offsets),), -1)
-        return Source(piece.key, self.own_heads(cache.rows), nowhere, piece.base + cache.offsets)
+            if place not in last or bool((last[place].slots[rows] >= 0).any()):  # side by side twice: rows in two slots
+                nowhere = torch.full((len(cache.offsets),), -1)
+                last[place] = Source(piece.key, self.own_heads(cache.rows), nowhere, piece.base + cache.offsets)
+                sources.append(last[place])
+            last[place].slots[rows] = slots
+        return sources, missing
 
     def angles(self, positions: Tensor, device: torch.device) -> Angles:
         """cos and sin at any positions, also below 0."""

@@ -50,6 +50,26 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Soft:
+    """Learned vectors that are computed: input embeddings of some slots."""
+
+    slots: Tensor  # (vectors,) int64
+    vectors: Tensor  # (vectors, hidden)
+
+    def among(self, start: int, end: int) -> tuple[Tensor, list[bool]] | None:
+        """Embeddings of the slots up to and including `end`, (end + 1, hidden), and which of them are ordinary tokens.
+
+        None where the slots from `start` up to `end` hold no vectors."""
+        inside = (self.slots >= start) & (self.slots < end)
+        if not bool(inside.any()):
+            return None
+        embeddings = torch.zeros(end + 1, self.vectors.shape[1], dtype=self.vectors.dtype)
+        embeddings[self.slots[inside]] = self.vectors[inside]
+        ordinary = torch.ones(end + 1, dtype=torch.bool).index_fill(0, self.slots[inside], False)
+        return embeddings, ordinary.tolist()
+
+
+@dataclass(frozen=True, eq=False)
 class Placed:
     """A prompt in slots: what is loaded, what is computed in holes, and the tail that vLLM computes itself."""
 
@@ -57,7 +77,7 @@ class Placed:
     pieces: tuple[Piece, ...]  # ascending, without overlaps
     holes: tuple[tuple[int, int], ...]  # runs of computed slots before the tail
     tail: int  # the first slot of the last run, which ends with the prompt
-    soft: Tensor | None  # (slots, hidden): input embeddings of the holes that hold learned vectors, zeros elsewhere
+    soft: Soft | None  # learned vectors among the computed slots
     charged: float
     fingerprint: str  # of everything that shapes the rows, beside the tokens
 
@@ -88,7 +108,7 @@ class _Rows:
 
     @classmethod
     def of(cls, plan: Plan) -> _Rows:
-        """Every row of the plan, by position; where two share one, the reused one comes first."""
+        """Every row of the plan; reused rows in the plan's order, each before the computed tokens that see it."""
         stored = []
         for s in plan.segments:
             numbers = torch.full((s.length,), -1)
@@ -99,7 +119,8 @@ class _Rows:
         computed = torch.cat([s.computed[s.places] for s in plan.segments])
         tokens = torch.cat([s.tokens[s.places] for s in plan.segments])
         segments = torch.cat([torch.full((len(s.places),), i) for i, s in enumerate(plan.segments)])
-        order = (2 * plan.positions + computed).argsort(stable=True)
+        seen_from = torch.searchsorted(plan.positions[computed].sort().values, plan.positions)  # the first that sees it
+        order = (2 * seen_from + computed).argsort(stable=True)
         return cls(*(column[order] for column in (plan.positions, computed, tokens, segments, numbers)))
 
 
@@ -112,10 +133,10 @@ def place(plan: Plan, linear: float) -> Placed:
     tail = _tail(rows)
     pieces = tuple(_pieces(plan, rows, shift, tail))
     holes = [run for run in _runs(rows.computed) if run[0] < tail]
-    soft = _soft(plan, rows, tail)
+    soft = _soft(plan, rows)
     tokens = rows.tokens.clamp(min=-1)
     keyed = [(p.key.digest, *list(asdict(p).values())[1:]) for p in pieces]
-    fingerprint = digest_of(json.dumps([keyed, holes, shift]), b"" if soft is None else soft)
+    fingerprint = digest_of(json.dumps([keyed, holes, shift]), b"" if soft is None else soft.vectors)
     return Placed(
         tokens=tuple(torch.where(tokens < 0, PLACEHOLDER, tokens).tolist()),
         pieces=pieces,
@@ -170,11 +191,9 @@ def _pieces(plan: Plan, rows: _Rows, shift: int, tail: int) -> Iterator[Piece]:
             yield Piece(segment.cache.key, int(rows.stored[start]), end - start, start, segment.start - shift)
 
 
-def _soft(plan: Plan, rows: _Rows, tail: int) -> Tensor | None:
-    """Learned vectors of the computed slots before the tail, (tail, hidden) float32; None where there are none."""
-    learned = (rows.computed & (rows.tokens < 0))[:tail]
-    if plan.learned is None or not bool(learned.any()):
+def _soft(plan: Plan, rows: _Rows) -> Soft | None:
+    """The learned vectors among the computed slots; None where there are none."""
+    slots = (rows.computed & (rows.tokens < 0)).nonzero()[:, 0]
+    if plan.learned is None or not len(slots):
         return None
-    soft = torch.zeros(tail, plan.learned.shape[1])
-    soft[learned] = plan.learned.float()[-1 - rows.tokens[:tail][learned]]
-    return soft
+    return Soft(slots, plan.learned.float()[-1 - rows.tokens[slots]])

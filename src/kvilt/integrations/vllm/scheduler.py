@@ -136,6 +136,7 @@ class KviltScheduler(AsyncScheduler):
         blocks = self.kv_cache_manager.get_block_ids(request.request_id)
         for start, end in runs:
             tokens = list(ticket.placed.tokens[: end + 1])  # one more than is computed: nothing is sampled
+            soft = ticket.placed.soft and ticket.placed.soft.among(start, end)
             hole = NewRequestData(
                 req_id=f"{request.request_id}~{next(self._numbers)}",
                 prompt_token_ids=tokens,
@@ -145,7 +146,8 @@ class KviltScheduler(AsyncScheduler):
                 block_ids=tuple(ids[: -(-end // self.block_size)] for ids in blocks),
                 num_computed_tokens=start,
                 lora_request=None,
-                prompt_embeds=None,
+                prompt_embeds=None if soft is None else soft[0],
+                prompt_is_token_ids=None if soft is None else soft[1],
                 prefill_token_ids=tokens if self.use_v2_model_runner else None,
             )
             out.scheduled_new_reqs.append(hole)

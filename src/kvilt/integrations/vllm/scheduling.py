@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from kvilt.errors import KviltError
+from kvilt.errors import KviltError, SpecError
 from kvilt.integrations.vllm.deployment import Deployment, Settings
 from kvilt.integrations.vllm.documents import PARAMETER, Documents, Ticket
 from kvilt.integrations.vllm.index import Index, Watcher
@@ -38,8 +38,10 @@ class Scheduling:
         from transformers import AutoTokenizer
 
         model = vllm_config.model_config
-        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer or model.model)
-        return cls(Deployment(model.model, tokenizer, settings), model.max_model_len)
+        deployment = Deployment(model.model, AutoTokenizer.from_pretrained(model.tokenizer or model.model), settings)
+        if deployment.needs_embeddings and not model.enable_prompt_embeds:
+            raise SpecError(f"strategy {settings.strategy!r} computes learned vectors: start vLLM with --enable-prompt-embeds.")
+        return cls(deployment, model.max_model_len)
 
     def receive(self, request: Any) -> None:
         """Find a request's documents; lay its prompt into slots and salt it, so that no other request meets its blocks.
