@@ -67,7 +67,10 @@ class Served:
 
     def __init__(self, model: str, store: str, strategy: str = "naive", **options: Any) -> None:
         os.environ.update(
-            VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind"
+            VLLM_CPU_KVCACHE_SPACE="1",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            TORCH_COMPILE_DISABLE="1",
         )
         from vllm import LLM
         from vllm.config import KVTransferConfig
@@ -77,6 +80,7 @@ class Served:
             kv_connector="KviltConnector",
             kv_connector_module_path="kvilt.integrations.vllm.connector",
             kv_role="kv_consumer",
+            kv_load_failure_policy="recompute",
             kv_connector_extra_config={"store": store, "strategy": strategy, "refresh": 3600},
         )
         settings = {
@@ -111,22 +115,19 @@ class Served:
         """Take in what was stored meanwhile."""
         self.ends.look()
 
-    def ask(self, prompts: Sequence[list[int]], **options: Any) -> list[Any]:
-        """Greedy answers of NEW tokens to prompts of ids, all at once."""
+    def greedy(self, hint: Any = None, **options: Any) -> Any:
+        """Settings of a greedy answer of NEW tokens."""
         from vllm import SamplingParams
 
+        extra = {"kv_transfer_params": {"kvilt": hint}} if hint is not None else None
+        return SamplingParams(
+            temperature=0.0, max_tokens=NEW, detokenize=False, ignore_eos=True, extra_args=extra, **options
+        )
+
+    def ask(self, prompts: Sequence[list[int]], **options: Any) -> list[Any]:
+        """Greedy answers of NEW tokens to prompts of ids, all at once."""
         hints = options.pop("hints", [None] * len(prompts))
-        params = [
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=NEW,
-                detokenize=False,
-                ignore_eos=True,
-                extra_args={"kv_transfer_params": {"kvilt": hint}} if hint else None,
-                **options,
-            )
-            for hint in hints
-        ]
+        params = [self.greedy(hint, **options) for hint in hints]
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
@@ -143,3 +144,20 @@ def receipt(output: Any) -> dict[str, Any]:
 def same(output: Any, answer: Answer) -> bool:
     """Whether vLLM's answer is the engine's, which stops at the end-of-text token."""
     return tokens(output)[: len(answer.tokens)] == answer.tokens and len(answer.tokens) > 1
+
+
+def list_entries() -> None:
+    """Until the stores list what they hold."""
+    from kvilt.rows.header import read_header
+    from kvilt.stores import store
+
+    def entries(self: Any, namespace: str | None = None) -> Any:
+        for file in self.path.iterdir():
+            header = read_header(file.name, store._Blob(file.read_bytes()))
+            yield store.Entry(header.key, header.bytes, header.tokens, header.title, fields=dict(header.fields))
+
+    if not hasattr(store.Store, "entries"):
+        store.Store.entries = entries
+
+
+list_entries()

@@ -27,16 +27,17 @@ class Loads(KVConnectorMetadata):
 
 @dataclass
 class Loaded(KVConnectorWorkerMetadata):
-    """What a worker loaded: bytes and seconds of each request."""
+    """What a worker loaded: bytes and seconds of each request; and the documents (digests) that could not be read."""
 
     requests: dict[str, tuple[int, float]] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """All workers' bytes, the slowest worker's seconds."""
         assert isinstance(other, Loaded)
         mine, theirs = self.requests, other.requests
         both = {r: (a + theirs.get(r, (0, 0.0))[0], max(s, theirs.get(r, (0, 0.0))[1])) for r, (a, s) in mine.items()}
-        return Loaded({**theirs, **both})
+        return Loaded({**theirs, **both}, self.failed | other.failed)
 
 
 class KviltConnector(KVConnectorBase_V1):
@@ -124,9 +125,9 @@ class KviltConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose rows could not be read."""
-        failed, loaded = (set(), {}) if self.loader is None else self.loader.finish()
-        self._loaded = Loaded(loaded)
-        return failed
+        done = None if self.loader is None else self.loader.finish()
+        self._loaded = Loaded() if done is None else Loaded({r: (n, done.seconds) for r, n in done.sizes.items()}, done.bad)
+        return set() if done is None else done.failed
 
     def build_connector_worker_meta(self) -> Loaded | None:
         """What was loaded in this step."""

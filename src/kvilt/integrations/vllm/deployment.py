@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -182,8 +182,3 @@ class Deployment:
         cache = encoding.cache(ids, self.key(ids, encoding, ""))
         return replace(cache, rows=TensorRows(torch.empty(1, 2, 1, len(cache.offsets), 1)))
 
-
-def bare(deployment: Deployment, ids: Sequence[int]) -> DocumentCache:
-    """Tokens without rows: they are computed where they stand."""
-    tokens = torch.tensor(ids, dtype=torch.long)
-    return DocumentCache(tokens, torch.arange(len(tokens)), len(tokens), deployment.key(tokens, Encoding(), ""))

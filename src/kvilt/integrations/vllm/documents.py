@@ -5,14 +5,15 @@ made from the tokens that stand there, so nothing that a client writes can name 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from kvilt.errors import KviltError, PromptError
-from kvilt.integrations.vllm.deployment import Deployment, bare
+from kvilt.integrations.vllm.deployment import Deployment
 from kvilt.integrations.vllm.index import Index
 from kvilt.integrations.vllm.plans import Piece, Placed, place
 from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt
@@ -32,13 +33,22 @@ class Part:
     compression: str = ""
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A request as its client sent it."""
+
+    ids: Sequence[int]
+    salt: str | None = None
+    hint: Any = None
+
+
 @dataclass
 class Ticket:
     """One request from its arrival to its receipt."""
 
+    arrived: Arrived
     placed: Placed
     receipt: dict[str, Any] = field(default_factory=dict)
-    plain: int = 0  # tokens of the prompt as the client sent it
     local: int = 0  # slots that vLLM's own prefix cache held at admission
     end: int = 0  # slots that are there, loaded, or computed in holes, when the tail begins
     asked: int = 0  # how often the scheduler was told to wait
@@ -90,53 +100,53 @@ class Documents:
     def __init__(self, deployment: Deployment, index: Index) -> None:
         self.deployment, self.index = deployment, index
 
-    def ticket(self, ids: list[int], hint: Any, namespace: str) -> Ticket | None:
-        """The plan of a prompt; None where nothing can be reused. Raises KviltError where the reason is worth telling."""
-        if hint is not None:
-            parts = named(hint, len(ids), self.deployment)
+    def ticket(self, arrived: Arrived, refused: Container[str] = ()) -> Ticket | None:
+        """The plan of a prompt, without the documents `refused` (digests); None where nothing can be reused.
+
+        Raises KviltError where the reason is worth telling."""
+        ids, namespace = list(arrived.ids), arrived.salt or self.deployment.settings.namespace
+        if arrived.hint is not None:
+            parts = named(arrived.hint, len(ids), self.deployment)
         else:
             parts = within(ids, namespace, self.deployment, self.index)
         if not parts:
             return None
-        head = tuple(ids[: parts[0].start])
-        strategy = self.deployment.bound(head)
-        prompt, hits = self._prompt(ids, parts, namespace, strategy.encoding or Encoding())
+        strategy = self.deployment.bound(tuple(ids[: parts[0].start]))
+        prompt, hits = self._prompt(ids, parts, namespace, strategy.encoding or Encoding(), refused)
         if not any(hits):
             return None
         plan = self.deployment.plan(prompt, strategy)
         placed = place(plan, self.deployment.info.linear_cost)
         if placed.reused() < LEAST:
             return None
-        return Ticket(placed, self._receipt(parts, prompt, hits, placed, repr(strategy)))
+        return Ticket(arrived, placed, self._receipt(parts, prompt, hits, placed, repr(strategy)))
 
     def _prompt(
-        self, ids: list[int], parts: Sequence[Part], namespace: str, encoding: Encoding
+        self, ids: list[int], parts: Sequence[Part], namespace: str, encoding: Encoding, refused: Container[str]
     ) -> tuple[Prompt, list[bool]]:
         """The prompt with the caches that are stored, and which documents these are.
 
         Tokens between documents are computed where they stand, as documents that are not stored are."""
-        spans: list[tuple[int, int, Part | None]] = []
-        at = parts[0].start
-        for part in parts:
-            spans += [(at, part.start, None)] if at < part.start else []
-            spans.append((part.start, part.end, part))
-            at = part.end
-        head = ids[: parts[0].start]
-        keys = [self._key(head, Encoding(), namespace, "")]
-        keys += [self._key(ids[a:b], encoding, namespace, p.compression) for a, b, p in spans if p]
-        caches = self._fetch(keys)
-        stored = iter(caches[1:])
-        documents = [(next(stored) if part else None) or bare(self.deployment, ids[a:b]) for a, b, part in spans]
-        names = tuple(part.name if part else "" for _, _, part in spans)
-        system = caches[0] or bare(self.deployment, head)
-        prompt = Prompt(system, tuple(documents), torch.tensor(ids[at:], dtype=torch.long), names)
-        return prompt, [cache is not None for cache in caches[1:]]
+        places = [part.start for part in parts], [part.end for part in parts]
+        edges = [places[0][0], *sorted({*places[0], *places[1]})]  # tokens between two documents are a part of their own
+        known = {part.start: part for part in parts}
+        spans = [(0, edges[0]), *((a, b) for a, b in pairwise(edges) if a < b)]
+        keys = [self._key(ids[: edges[0]], Encoding(), namespace, "")]
+        for a, b in spans[1:]:
+            part = known.get(a)
+            keys.append(self._key(ids[a:b], encoding, namespace, part.compression if part else ""))
+        caches = self._fetch(keys, refused)
+        made = [cache or bare(ids[a:b], key) for cache, key, (a, b) in zip(caches, keys, spans, strict=True)]
+        names = tuple(known[a].name if a in known else "" for a, _ in spans[1:])
+        prompt = Prompt(made[0], tuple(made[1:]), torch.tensor(ids[edges[-1] :], dtype=torch.long), names)
+        return prompt, [cache is not None for cache, (a, _) in zip(caches[1:], spans[1:], strict=True) if a in known]
 
-    def _fetch(self, keys: list[CacheKey]) -> list[DocumentCache | None]:
+    def _fetch(self, keys: list[CacheKey], refused: Container[str]) -> list[DocumentCache | None]:
         try:
-            return self.deployment.store.get_many(keys)
+            caches = self.deployment.store.get_many(keys)
         except KviltError as error:
             raise PromptError(f"the store cannot be read: {error}") from error
+        return [None if key.digest in refused else cache for key, cache in zip(keys, caches, strict=True)]
 
     def _key(self, ids: list[int], encoding: Encoding, namespace: str, compression: str) -> CacheKey:
         return self.deployment.key(torch.tensor(ids, dtype=torch.long), encoding, namespace, compression)
@@ -144,14 +154,17 @@ class Documents:
     def _receipt(
         self, parts: Sequence[Part], prompt: Prompt, hits: list[bool], placed: Placed, strategy: str
     ) -> dict[str, Any]:
-        named = {part.start: part for part in parts}
+        documents = zip(parts, hits, strict=True)
         return {
             "strategy": strategy,
-            "documents": [
-                {"name": part.name, "tokens": part.end - part.start, "hit": hit}
-                for part, hit in zip(named.values(), hits, strict=True)
-            ],
+            "documents": [{"name": p.name, "tokens": p.end - p.start, "hit": hit} for p, hit in documents],
             "hits": sum(hits),
             "misses": len(hits) - sum(hits),
             "charged": round(placed.charged, 4),
         }
+
+
+def bare(ids: Sequence[int], key: CacheKey) -> DocumentCache:
+    """Tokens without rows: they are computed where they stand."""
+    tokens = torch.tensor(ids, dtype=torch.long)
+    return DocumentCache(tokens, torch.arange(len(tokens)), len(tokens), key)

@@ -81,10 +81,12 @@ class Loader:
         if self._fill is not None:
             self._fill.wait(name)
 
-    def finish(self) -> tuple[set[int], dict[str, tuple[int, float]]]:
-        """End of the step: which blocks could not be filled; bytes and seconds of each request."""
+    def finish(self) -> Fill | None:
+        """End of the step: what was loaded in it."""
         fill, self._fill = self._fill, None
-        return (set(), {}) if fill is None else fill.finish()
+        if fill is not None:
+            fill.finish()
+        return fill
 
     def own_heads(self, rows: Rows) -> Rows:
         """The heads that this rank holds; where there are fewer heads than ranks, ranks share one."""
@@ -95,20 +97,20 @@ class Loader:
         first = self.rank * each if heads >= self.ranks else self.rank * heads // self.ranks
         return HeadRows(rows, slice(first, first + each))
 
-    def sources(self, load: Load) -> tuple[list[Source], set[int]]:
-        """A request's documents, and the blocks of those that are not there any more."""
+    def sources(self, load: Load) -> tuple[list[Source], list[tuple[CacheKey, set[int]]]]:
+        """A request's documents, and those that are not there any more with their blocks."""
         keys = list(dict.fromkeys(piece.key for piece in load.pieces))
         caches = dict(zip(keys, self.store.get_many(keys), strict=True))
         blocks = torch.tensor(load.blocks)
         last: dict[tuple[CacheKey, int], Source] = {}  # by document and place
         sources: list[Source] = []
-        missing: set[int] = set()
+        missing: list[tuple[CacheKey, set[int]]] = []
         for piece in load.pieces:
             at = torch.arange(piece.slot, piece.slot + piece.count)
             slots = blocks[at // self.block_size] * self.block_size + at % self.block_size
             rows, cache, place = slice(piece.first, piece.first + piece.count), caches[piece.key], (piece.key, piece.base)
             if cache is None or cache.rows is None or rows.stop > len(cache.offsets):
-                missing |= set((slots // self.block_size).tolist())
+                missing.append((piece.key, set((slots // self.block_size).tolist())))
                 continue
             if place not in last or bool((last[place].slots[rows] >= 0).any()):  # side by side twice: rows in two slots
                 nowhere = torch.full((len(cache.offsets),), -1)
@@ -137,8 +139,9 @@ class Fill:
 
     def __init__(self, loader: Loader, loads: Sequence[Load], layers: Mapping[str, Any]) -> None:
         self.loader, self.loads, self.layers = loader, loads, layers
-        self.failed: set[int] = set()
-        self.sizes: dict[str, int] = {}
+        self.failed: set[int] = set()  # blocks that could not be filled
+        self.bad: set[str] = set()  # digests of the documents that could not be read
+        self.sizes: dict[str, int] = {}  # bytes of each request
         self.seconds = 0.0
         self.device = next(iter(layers.values())).kv_cache.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -161,11 +164,10 @@ class Fill:
             if name in self._marks:
                 torch.cuda.current_stream(self.device).wait_event(self._marks[name])
 
-    def finish(self) -> tuple[set[int], dict[str, tuple[int, float]]]:
-        """Which blocks could not be filled; bytes and seconds of each request."""
+    def finish(self) -> None:
+        """Return when nothing is loaded any more."""
         if self.stream is not None:
             self._thread.join()
-        return self.failed, {request: (size, self.seconds) for request, size in self.sizes.items()}
 
     def _run(self) -> None:
         began = time.perf_counter()
@@ -184,7 +186,9 @@ class Fill:
         sources: list[Source] = []
         for load in self.loads:
             mine, missing = self.loader.sources(load)
-            self.failed |= missing
+            for key, blocks in missing:
+                self.failed |= blocks
+                self.bad.add(key.digest)
             self.sizes[load.request] = sum(source.rows.nbytes for source in mine)
             sources += mine
         return sources
@@ -216,6 +220,7 @@ class Fill:
             except (StoreError, OSError, EOFError) as error:
                 self.failed |= set((slots[at:end][slots[at:end] >= 0] // self.loader.block_size).tolist())
                 slots[at:end] = -1
+                self.bad.add(source.key.digest)
                 self.loader.set_aside(source.key, error)
             at = end
 

@@ -7,6 +7,7 @@ waits as if for a transfer while they are computed in parts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
@@ -15,9 +16,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from kvilt.integrations.vllm.connector import KviltConnector
+from kvilt.integrations.vllm.connector import KviltConnector, Loaded
 from kvilt.integrations.vllm.documents import Ticket
 from kvilt.integrations.vllm.scheduling import Scheduling
 
@@ -156,6 +158,51 @@ class KviltScheduler(AsyncScheduler):
             self.finished_req_ids.add(hole.req_id)
         request.last_sched_seq = self.sched_step_seq
 
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """vLLM's own; documents that could not be loaded are known before it handles their blocks."""
+        connected = model_runner_output.kv_connector_output
+        report = connected and connected.kv_connector_worker_meta
+        if self.ends is not None and isinstance(report, Loaded):
+            self.ends.refuse(report.failed)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _handle_invalid_blocks(self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
+        """Start requests again whose documents could not be loaded, without these; vLLM would compute slots as they are."""
+        ends = self.ends
+        if ends is None or not self.recompute_kv_load_failures:
+            return super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        waiting = [part.request for part in self._parts.values()]
+        hit = [r for r in (*self.running, *waiting) if not invalid_block_ids.isdisjoint(self._blocks(r))]
+        self.kv_cache_manager.evict_blocks({block for request in hit for block in self._blocks(request)})
+        for request in reversed(hit):  # each goes to the front of the queue
+            if request.num_output_tokens:
+                self.grammar_compile_error_reqs.add(request.request_id)  # a part of the answer is out: vLLM ends it with an error
+            else:
+                self._restart(request)
+                ends.receive_again(request)
+        return {request.request_id for request in hit}
+
+    def _blocks(self, request: Request) -> list[int]:
+        blocks: list[int] = self.kv_cache_manager.get_block_ids(request.request_id)[0]
+        return blocks
+
+    def _restart(self, request: Request) -> None:
+        """Put a request back to where it was when it arrived."""
+        if self._parts.pop(request.request_id, None) is None:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.reset_preempted_req_ids.discard(request.request_id)
+            request.num_preemptions -= 1
+        else:
+            self.kv_holding_waiting.remove_requests([request])
+            self.deferred_waiting.discard(request)
+            self._inflight_prefills.discard(request)
+            self._free_request_blocks(request)
+            request.num_computed_tokens = 0
+            self.waiting.prepend_request(request)
+        request.status = RequestStatus.WAITING
+        self.finished_req_ids.add(request.request_id)  # workers forget it, and meet it as a new one
+
 
 def _wanted(request: Request) -> int:
     """Tokens that a running request may get in this step."""
@@ -168,6 +215,6 @@ def _correct(request: Request, ticket: Ticket) -> None:
     if stats is not None:
         length = len(ticket.placed.tokens)
         computed = length - ticket.local - ticket.loaded
-        reused = max(0, min(ticket.local + ticket.loaded, ticket.plain - computed))
+        reused = max(0, min(ticket.local + ticket.loaded, len(ticket.arrived.ids) - computed))
         local = min(ticket.local, reused)
         stats.set(num_prompt_tokens=length, num_local_cached_tokens=local, num_external_cached_tokens=reused - local)

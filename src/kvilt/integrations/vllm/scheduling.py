@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from kvilt.errors import KviltError, SpecError
 from kvilt.integrations.vllm.deployment import Deployment, Settings
-from kvilt.integrations.vllm.documents import PARAMETER, Documents, Ticket
+from kvilt.integrations.vllm.documents import PARAMETER, Arrived, Documents, Ticket
 from kvilt.integrations.vllm.index import Index, Watcher
 from kvilt.integrations.vllm.loading import Load
 from kvilt.types import digest_of
 
+COOLING = 30.0  # seconds for which a document is left alone that could not be loaded
 Grant = Literal["now", "parts"]
 
 logger = logging.getLogger("kvilt")
@@ -30,6 +33,7 @@ class Scheduling:
         self.tickets: dict[str, Ticket] = {}
         self.notes: dict[str, str] = {}  # why a request with documents reuses nothing
         self.grants: dict[str, Grant] | None = None  # of requests with holes, in this step; None: nobody computes holes
+        self._failing: dict[str, float] = {}  # documents that could not be loaded, and until when they are left alone
         self.admitted: list[str] = []  # requests whose blocks are new in this step and wait for rows
 
     @classmethod
@@ -47,12 +51,24 @@ class Scheduling:
         """Find a request's documents; lay its prompt into slots and salt it, so that no other request meets its blocks.
 
         Whatever goes wrong costs the reuse, never the request."""
-        salt = request.cache_salt
-        hint = (request.kv_transfer_params or {}).get(PARAMETER)
+        why = _unsuitable(request)
+        if why:
+            self.notes[request.request_id] = why
+        else:
+            hint = (request.kv_transfer_params or {}).get(PARAMETER)
+            self._lay(request, Arrived(request.prompt_token_ids, request.cache_salt, hint))
+
+    def receive_again(self, request: Any) -> None:
+        """The same for a request that failed: without the documents that could not be loaded."""
+        arrived = self.tickets.pop(request.request_id).arrived
+        _write(request, list(arrived.ids), arrived.salt)
+        self._lay(request, arrived)
+
+    def _lay(self, request: Any, arrived: Arrived) -> None:
         try:
-            why = _unsuitable(request)
-            namespace = salt or self.deployment.settings.namespace
-            ticket = None if why else self.documents.ticket(request.prompt_token_ids, hint, namespace)
+            now = time.monotonic()
+            self._failing = {digest: until for digest, until in self._failing.items() if until > now}
+            ticket, why = self.documents.ticket(arrived, self._failing), ""
             if ticket is not None and len(ticket.placed.tokens) >= self.longest:
                 ticket, why = None, "the prompt with what stands around its documents is longer than the model's context"
         except KviltError as error:
@@ -62,9 +78,14 @@ class Scheduling:
             ticket, why = None, "an error in Kvilt, see the server's log"
         if ticket is not None:
             self.tickets[request.request_id] = ticket
-            _rewrite(request, ticket, digest_of("kvilt", salt or "", ticket.placed.fingerprint))
-        elif why and (hint is not None or why != NOT_ASKED):
+            salt = digest_of("kvilt", arrived.salt or "", ticket.placed.fingerprint)
+            _write(request, list(ticket.placed.tokens), salt)
+        elif why:
             self.notes[request.request_id] = why
+
+    def refuse(self, digests: Iterable[str]) -> None:
+        """Leave documents alone for a while that could not be loaded."""
+        self._failing.update(dict.fromkeys(digests, time.monotonic() + COOLING))
 
     def matched(self, request: Any, local: int) -> tuple[int | None, bool]:
         """How many slots after the first `local` ones will be there before the tail, and whether that takes several steps.
@@ -125,13 +146,10 @@ class Scheduling:
         self.deployment.store.close()
 
 
-NOT_ASKED = "it has no prompt of tokens"
-
-
 def _unsuitable(request: Any) -> str:
     """Why a request cannot reuse documents, whatever it holds; empty if it can."""
     reasons = {
-        NOT_ASKED: request.prompt_token_ids is None or request.pooling_params is not None,
+        "it has no prompt of tokens": request.prompt_token_ids is None or request.pooling_params is not None,
         "its prompt holds embeddings or media": request.prompt_embeds is not None or bool(request.mm_features),
         "it asks for prompt_logprobs, which need every token computed": request.skip_reading_prefix_cache,
         "it names an adapter, for which no documents are stored": request.lora_request is not None,
@@ -140,10 +158,8 @@ def _unsuitable(request: Any) -> str:
     return next((why for why, applies in reasons.items() if applies), "")
 
 
-def _rewrite(request: Any, ticket: Ticket, salt: str) -> None:
-    """Give a request its slots' tokens and a salt of its own."""
-    tokens = list(ticket.placed.tokens)
-    ticket.plain = len(request.prompt_token_ids)
+def _write(request: Any, tokens: list[int], salt: str | None) -> None:
+    """Give a request that has produced nothing yet another prompt and salt."""
     request.prompt_token_ids = tokens
     request._all_token_ids[:] = tokens
     request.num_prompt_tokens = len(tokens)
