@@ -9,7 +9,11 @@ import kvilt
 
 OPTIONAL = ("matplotlib", "peft", "accelerate", "datasets", "rouge_score", "llmlingua")
 
-names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.")]
+WITH_VLLM = [
+    f"kvilt.integrations.vllm.{name}" for name in ("connector", "scheduler", "endpoints")
+]  # its own base classes
+
+names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.") if m.name not in WITH_VLLM]
 for name in names:
     importlib.import_module(name)
 present = [p for p in OPTIONAL if importlib.util.find_spec(p)]

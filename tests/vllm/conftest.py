@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import vllm_kit
+
 from kvilt.strategies.wrapper import Wrapper
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]

@@ -161,7 +161,9 @@ def test_a_missing_document_is_computed_where_it_stands(reference: Reference, se
 def test_a_missing_system_part_is_computed(reference: Reference, served: Served, naive: Engine) -> None:
     """Danger: a system text of the client's own shifts or spoils the documents behind it."""
     other = reference.engine("naive")
-    other = type(other)(other.model, other.text.of(other.text.tokenizer, "Be brief, be kind."), other.strategy, other.store)
+    other = type(other)(
+        other.model, other.text.of(other.text.tokenizer, "Be brief, be kind."), other.strategy, other.store
+    )
     answer = served.ask([reference.prompt(other, DOCUMENTS)])[0]  # nothing is stored for this system text
     assert receipt(answer)["holes"] == 1
     assert same(answer, other.answer(QUESTION, DOCUMENTS, max_new_tokens=NEW))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,13 @@ def test_holes_and_tail_take_one_step(reference: Reference, served: Served, epic
 
 @pytest.mark.parametrize(("budget", "seats"), [(2048, 64), (96, 64), (40, 64), (7, 64), (2048, 3), (50, 2), (9, 1)])
 def test_steps_keep_their_budget(
-    reference: Reference, served: Served, epic: Engine, steps: list[Any], monkeypatch: pytest.MonkeyPatch, budget: int, seats: int
+    reference: Reference,
+    served: Served,
+    epic: Engine,
+    steps: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    budget: int,
+    seats: int,
 ) -> None:
     """Danger: virtual requests overflow vLLM's buffers, starve others, or are dropped where there is no room."""
     monkeypatch.setattr(served.scheduler, "max_num_scheduled_tokens", budget)
@@ -97,7 +104,9 @@ def test_an_aborted_request_gives_its_blocks_back(
     engine, free = served.llm.llm_engine, served.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
     before = free()
     prompt = reference.prompt(epic, [document(72, 300), *DOCUMENTS])
-    engine.add_request("leaver", {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=4, detokenize=False))
+    engine.add_request(
+        "leaver", {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=4, detokenize=False)
+    )
     engine.step()
     assert served.scheduler._parts
     engine.abort_request(["leaver"])
@@ -147,7 +156,7 @@ def test_damage_found_while_loading(place: Path, reference: Reference, served: S
     strategy = strategy.replace("PACKET", str(place / "packet.safetensors"))
     engine, bad = reference.engine(strategy), document(80, 210)
     engine.encode([*DOCUMENTS, bad])
-    damage(place, engine.encoder.item(bad).key.digest)
+    damage(place, engine.encoder.items([bad])[0].key.digest)
     served.use(strategy)
     documents = [DOCUMENTS[0], bad, DOCUMENTS[3]]
     hurt, sound = served.ask([reference.prompt(engine, documents), reference.prompt(engine, DOCUMENTS)])
@@ -166,7 +175,7 @@ def test_vllms_own_policy_is_kept(
     """Danger: an operator who wants such requests to fail gets answers."""
     bad = document(81, 210)
     epic.encode([bad])
-    damage(place, epic.encoder.item(bad).key.digest)
+    damage(place, epic.encoder.items([bad])[0].key.digest)
     served.look()
     monkeypatch.setattr(served.scheduler, "recompute_kv_load_failures", False)
     failed, sound = served.ask([reference.prompt(epic, [DOCUMENTS[0], bad]), reference.prompt(epic, DOCUMENTS)])
@@ -260,16 +269,12 @@ def test_adapters_have_no_documents(served: Served, epic: Engine) -> None:
     """Danger: rows of the base model answer for an adapter."""
     from kvilt.integrations.vllm.scheduling import _unsuitable
 
-    class Request:
-        prompt_token_ids = [1]
-        pooling_params = prompt_embeds = None
-        mm_features: list[Any] = []
-        skip_reading_prefix_cache = resumable = False
-        lora_request = object()
-
-    assert "adapter" in _unsuitable(Request())
-    Request.lora_request = None  # type: ignore[assignment]
-    assert not _unsuitable(Request())
+    request = types.SimpleNamespace(prompt_token_ids=[1], lora_request=object(), mm_features=[])
+    request.pooling_params = request.prompt_embeds = None
+    request.skip_reading_prefix_cache = request.resumable = False
+    assert "adapter" in _unsuitable(request)
+    request.lora_request = None
+    assert not _unsuitable(request)
 
 
 def test_resetting_the_prefix_cache(reference: Reference, served: Served, epic: Engine) -> None:

@@ -17,7 +17,7 @@ from kvilt.types import Answer, Document
 
 NEW = 12  # tokens of every answer
 SHAPE = {**zoo.SHAPE, "hidden_size": 128, "num_hidden_layers": 3}  # heads of 32 channels: vLLM serves no smaller ones
-WORDS = "Ada Lorn was born in Tavik near the river Sel and left it young for Orsa where Brint Labs makes clocks of glass".split()
+WORDS = "Ada Lorn was born in Tavik near the river Sel and left it young for Orsa where Brint Labs makes clocks".split()  # noqa: SIM905
 
 
 def document(number: int, length: int) -> Document:
@@ -72,8 +72,9 @@ class Served:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             TORCH_COMPILE_DISABLE="1",
         )
-        from vllm import LLM
         from vllm.config import KVTransferConfig
+
+        from vllm import LLM
 
         self.model, self.store = model, store
         transfer = KVTransferConfig(
@@ -144,20 +145,3 @@ def receipt(output: Any) -> dict[str, Any]:
 def same(output: Any, answer: Answer) -> bool:
     """Whether vLLM's answer is the engine's, which stops at the end-of-text token."""
     return tokens(output)[: len(answer.tokens)] == answer.tokens and len(answer.tokens) > 1
-
-
-def list_entries() -> None:
-    """Until the stores list what they hold."""
-    from kvilt.rows.header import read_header
-    from kvilt.stores import store
-
-    def entries(self: Any, namespace: str | None = None) -> Any:
-        for file in self.path.iterdir():
-            header = read_header(file.name, store._Blob(file.read_bytes()))
-            yield store.Entry(header.key, header.bytes, header.tokens, header.title, fields=dict(header.fields))
-
-    if not hasattr(store.Store, "entries"):
-        store.Store.entries = entries
-
-
-list_entries()

@@ -86,7 +86,9 @@ class KviltConnector(KVConnectorBase_V1):
         """What is to be loaded before this step."""
         manager = self._kv_cache_manager
         assert manager is not None
-        return Loads([self.ends.load(request_id, manager.get_block_ids(request_id)[0]) for request_id in self.ends.admitted])
+        return Loads(
+            [self.ends.load(request_id, manager.get_block_ids(request_id)[0]) for request_id in self.ends.admitted]
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note what the workers loaded."""
@@ -126,7 +128,9 @@ class KviltConnector(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose rows could not be read."""
         done = None if self.loader is None else self.loader.finish()
-        self._loaded = Loaded() if done is None else Loaded({r: (n, done.seconds) for r, n in done.sizes.items()}, done.bad)
+        self._loaded = (
+            Loaded() if done is None else Loaded({r: (n, done.seconds) for r, n in done.sizes.items()}, done.bad)
+        )
         return set() if done is None else done.failed
 
     def build_connector_worker_meta(self) -> Loaded | None:

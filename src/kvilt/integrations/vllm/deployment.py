@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,14 +14,13 @@ from kvilt import registry
 from kvilt.compress.base import Compression
 from kvilt.errors import ModelError, PromptError, SpecError
 from kvilt.integrations.vllm.plans import place
-from kvilt.model import identity, support
+from kvilt.model import fit, identity, loading
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Plan
 from kvilt.rows.rows import Rotation, TensorRows
 from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, Prompt, digest_of
-
 
 TRIAL = 1024  # tokens of the documents that a strategy plans with when a server starts
 
@@ -82,44 +80,24 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         from transformers import AutoConfig
 
-        self.folder = _folder(source)
-        config = AutoConfig.from_pretrained(self.folder)
-        support.check_config(config)
+        at = loading.beside(loading.folder(source), "config.json")
+        if at is None:
+            raise ModelError(f"model {source!r} is neither a folder nor in the hub's cache.")
+        self.folder = at.parent
+        config, stated = AutoConfig.from_pretrained(self.folder), identity.config_of(self.folder)
+        fit.check_config(config)
         hf = skeleton(config)
         self.rotation: Rotation = rotation_of(hf)
-        if hasattr(identity, "of_files"):
-            stated = identity.config_of(self.folder)
-            self.digest, self.rope = identity.of_files(self.folder), identity.of_rope(stated)
-            self.dtype = identity.stored_dtype(stated)
-        else:
-            from transformers import AutoModelForCausalLM
-
-            whole = AutoModelForCausalLM.from_pretrained(self.folder, dtype=config.dtype)
-            self.digest = identity.weights_digest(whole)
-            self.rope = digest_of(self.rotation.identity, identity.config_digest(whole.config))
-            self.dtype = str(config.dtype).removeprefix("torch.")
-        layer = support.decoder_layers(hf)[1][0]
-        matrices = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+        self.digest, self.rope = identity.of_files(self.folder), identity.of_rope(stated)
+        self.dtype = identity.stored_dtype(stated)
         self.info = ModelInfo(
             digest=self.digest,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             num_layers=config.num_hidden_layers,
-            linear_cost=support.linear_cost(config, matrices),
+            linear_cost=fit.costs(hf)[0],
             directory=str(self.folder),
         )
-
-
-def _folder(source: str) -> Path:
-    """Where a checkpoint's files lie."""
-    from transformers.utils import cached_file
-
-    if Path(source).is_dir():
-        return Path(source)
-    config = cached_file(source, "config.json")
-    if config is None:
-        raise ModelError(f"model {source!r} is neither a folder nor in the hub's cache.")
-    return Path(config).parent
 
 
 class Deployment:
@@ -149,7 +127,7 @@ class Deployment:
     def key(self, tokens: Tensor, encoding: Encoding, namespace: str, compression: str = "") -> CacheKey:
         """The content address of a document (ids, (tokens,)), as the transformers engine makes it."""
         c = self.checkpoint
-        parts = (c.digest, self.tokenizer, c.rope, c.dtype, encoding.digest, compression, digest_of(tokens), namespace)
+        parts = (c.digest, self.tokenizer, c.rope, c.dtype, encoding.label, compression, digest_of(tokens), namespace)
         return CacheKey(*parts)
 
     def knows(self, fields: Mapping[str, str]) -> bool:
@@ -181,4 +159,3 @@ class Deployment:
         encoding = strategy.encoding or Encoding()
         cache = encoding.cache(ids, self.key(ids, encoding, ""))
         return replace(cache, rows=TensorRows(torch.empty(1, 2, 1, len(cache.offsets), 1)))
-

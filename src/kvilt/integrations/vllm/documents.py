@@ -78,7 +78,9 @@ def named(hint: Any, tokens: int, deployment: Deployment) -> list[Part]:
     for entry in documents:
         kinds = [type(value) for value in entry] if isinstance(entry, list | tuple) else []
         if kinds != [int, int, str, int] or not end <= entry[0] < entry[1] <= tokens:
-            raise PromptError("kv_transfer_params.kvilt: documents must be [start, end, name, title] in order, inside the prompt.")
+            raise PromptError(
+                "kv_transfer_params.kvilt: documents must be [start, end, name, title] in order, inside the prompt."
+            )
         parts.append(Part(entry[0], entry[1], entry[2], deployment.compression.identity(entry[3])))
         end = entry[1]
     return parts
@@ -119,7 +121,7 @@ class Documents:
         placed = place(plan, self.deployment.info.linear_cost)
         if placed.reused() < LEAST:
             return None
-        return Ticket(arrived, placed, self._receipt(parts, prompt, hits, placed, repr(strategy)))
+        return Ticket(arrived, placed, self._receipt(parts, prompt, hits, placed, str(strategy)))
 
     def _prompt(
         self, ids: list[int], parts: Sequence[Part], namespace: str, encoding: Encoding, refused: Container[str]
@@ -128,7 +130,10 @@ class Documents:
 
         Tokens between documents are computed where they stand, as documents that are not stored are."""
         places = [part.start for part in parts], [part.end for part in parts]
-        edges = [places[0][0], *sorted({*places[0], *places[1]})]  # tokens between two documents are a part of their own
+        edges = [
+            places[0][0],
+            *sorted({*places[0], *places[1]}),
+        ]  # tokens between two documents are a part of their own
         known = {part.start: part for part in parts}
         spans = [(0, edges[0]), *((a, b) for a, b in pairwise(edges) if a < b)]
         keys = [self._key(ids[: edges[0]], Encoding(), namespace, "")]

@@ -63,10 +63,8 @@ class Index:
 
     def add(self, key: CacheKey, own: torch.Tensor, title: str) -> None:
         """Take in a document whose tokens in a prompt are `own`, (tokens,)."""
-        if len(own) < FIRST or digest_of(own) != key.tokens:
-            first = 0  # too short, or not what a prompt holds: known, never matched
-        else:
-            first = int(_windows(own[:FIRST].numpy())[0])
+        usable = len(own) >= FIRST and digest_of(own) == key.tokens  # else: known, never matched
+        first = int(_windows(own[:FIRST].numpy())[0]) if usable else 0
         with self._lock:
             self._where[key.digest] = (first, key.namespace, key.tokens)
             if first:
@@ -157,13 +155,13 @@ class Watcher:
             logger.warning("the store was not looked through: %s", error)
 
     def _take(self, entries: list[Entry]) -> None:
-        caches = self.deployment.store.get_many([CacheKey(**e.fields) for e in entries])
+        caches = self.deployment.store.get_many([CacheKey(**e.fields) for e in entries], counted=False)
         around = self.deployment.bound(()).encoding or Encoding()
         before, after = (len(around.before), len(around.after)) if around.keep else (0, 0)
         for entry, cache in zip(entries, caches, strict=True):
             if cache is not None:
                 own = cache.own_tokens
-                if cache.key.encoding == around.digest and len(own) == cache.length:
+                if cache.key.encoding == around.label and len(own) == cache.length:
                     own = own[before : len(own) - after]  # markers are ordinary tokens, and stand in no prompt
                 self.index.add(cache.key, own, entry.title)
 

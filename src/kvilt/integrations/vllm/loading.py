@@ -67,9 +67,7 @@ class Loader:
         store = cast(Store, registry.build("store", settings.store))
         ranks = vllm_config.parallel_config.tensor_parallel_size
         rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-        return cls(
-            store, rotation, vllm_config.model_config.dtype, vllm_config.cache_config.block_size, rank, ranks
-        )
+        return cls(store, rotation, vllm_config.model_config.dtype, vllm_config.cache_config.block_size, rank, ranks)
 
     def start(self, loads: Sequence[Load], layers: Mapping[str, Any]) -> None:
         """Begin to load what a step needs into these attention layers, by name; on a CPU it is there when this returns."""
@@ -108,7 +106,11 @@ class Loader:
         for piece in load.pieces:
             at = torch.arange(piece.slot, piece.slot + piece.count)
             slots = blocks[at // self.block_size] * self.block_size + at % self.block_size
-            rows, cache, place = slice(piece.first, piece.first + piece.count), caches[piece.key], (piece.key, piece.base)
+            rows, cache, place = (
+                slice(piece.first, piece.first + piece.count),
+                caches[piece.key],
+                (piece.key, piece.base),
+            )
             if cache is None or cache.rows is None or rows.stop > len(cache.offsets):
                 missing.append((piece.key, set((slots // self.block_size).tolist())))
                 continue
@@ -154,7 +156,9 @@ class Fill:
         if self.stream is None:
             self._run()
         else:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # blocks may still be in use by earlier work
+            self.stream.wait_stream(
+                torch.cuda.current_stream(self.device)
+            )  # blocks may still be in use by earlier work
             self._thread.start()
 
     def wait(self, name: str) -> None:
@@ -271,4 +275,3 @@ def _number(name: str) -> int:
     if match is None:
         raise ValueError(f"attention layer {name!r} has no number")
     return int(match[1])
-

@@ -40,7 +40,6 @@ class Piece:
             return self
         return Piece(self.key, self.first + cut, self.count - cut, slot, self.base) if cut < self.count else None
 
-
     def below(self, slot: int) -> Piece | None:
         """What of it lies before `slot`."""
         keep = slot - self.slot

@@ -49,6 +49,10 @@ class Part:
 class KviltScheduler(AsyncScheduler):
     """`--scheduler-cls kvilt.integrations.vllm.scheduler.KviltScheduler`."""
 
+    max_num_scheduled_tokens: int
+    max_num_active_reqs: int
+    max_num_running_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ends: Scheduling | None = self.connector.ends if isinstance(self.connector, KviltConnector) else None
@@ -138,7 +142,7 @@ class KviltScheduler(AsyncScheduler):
         blocks = self.kv_cache_manager.get_block_ids(request.request_id)
         for start, end in runs:
             tokens = list(ticket.placed.tokens[: end + 1])  # one more than is computed: nothing is sampled
-            soft = ticket.placed.soft and ticket.placed.soft.among(start, end)
+            soft = ticket.placed.soft.among(start, end) if ticket.placed.soft else None
             hole = NewRequestData(
                 req_id=f"{request.request_id}~{next(self._numbers)}",
                 prompt_token_ids=tokens,
@@ -176,7 +180,9 @@ class KviltScheduler(AsyncScheduler):
         self.kv_cache_manager.evict_blocks({block for request in hit for block in self._blocks(request)})
         for request in reversed(hit):  # each goes to the front of the queue
             if request.num_output_tokens:
-                self.grammar_compile_error_reqs.add(request.request_id)  # a part of the answer is out: vLLM ends it with an error
+                self.grammar_compile_error_reqs.add(
+                    request.request_id
+                )  # a part of the answer is out: vLLM ends it with an error
             else:
                 self._restart(request)
                 ends.receive_again(request)
