@@ -135,6 +135,13 @@ class Deployment:
         own = {"model": self.checkpoint.digest, "tokenizer": self.tokenizer, "rope": self.checkpoint.rope}
         return all(fields.get(name) == value for name, value in own.items())
 
+    def tokens_of(self, cache: DocumentCache) -> Tensor:
+        """The ids that a stored document has in a prompt, (tokens,): markers are ordinary tokens, and stand in none."""
+        own, around = cache.own_tokens, self.bound(()).encoding or Encoding()
+        if around.keep and cache.key.encoding == around.label and len(own) == cache.length:
+            own = own[len(around.before) : len(own) - len(around.after)]
+        return own
+
     def plan(self, prompt: Prompt, strategy: Strategy) -> Plan:
         """The strategy's plan. Raises PromptError or NeedsProbe."""
         return strategy.plan(prompt, cast(Any, NoProbe()))

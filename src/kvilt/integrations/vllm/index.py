@@ -17,7 +17,7 @@ import torch
 from kvilt.errors import StoreError
 from kvilt.integrations.vllm.deployment import Deployment
 from kvilt.stores.store import Entry
-from kvilt.types import CacheKey, Encoding, digest_of
+from kvilt.types import CacheKey, digest_of
 
 FIRST = 8  # tokens by which a place is recognised; shorter documents are not looked for, computing them is as fast
 TOGETHER = 128  # documents opened at a time while a store is looked through
@@ -156,14 +156,9 @@ class Watcher:
 
     def _take(self, entries: list[Entry]) -> None:
         caches = self.deployment.store.get_many([CacheKey(**e.fields) for e in entries], counted=False)
-        around = self.deployment.bound(()).encoding or Encoding()
-        before, after = (len(around.before), len(around.after)) if around.keep else (0, 0)
         for entry, cache in zip(entries, caches, strict=True):
             if cache is not None:
-                own = cache.own_tokens
-                if cache.key.encoding == around.label and len(own) == cache.length:
-                    own = own[before : len(own) - after]  # markers are ordinary tokens, and stand in no prompt
-                self.index.add(cache.key, own, entry.title)
+                self.index.add(cache.key, self.deployment.tokens_of(cache), entry.title)
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):

@@ -163,10 +163,11 @@ class KviltScheduler(AsyncScheduler):
         request.last_sched_seq = self.sched_step_seq
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        """vLLM's own; documents that could not be loaded are known before it handles their blocks."""
+        """vLLM's own; what was loaded, and what could not be, is known before requests finish or start again."""
         connected = model_runner_output.kv_connector_output
         report = connected and connected.kv_connector_worker_meta
         if self.ends is not None and isinstance(report, Loaded):
+            self.ends.note(report.requests)
             self.ends.refuse(report.failed)
         return super().update_from_output(scheduler_output, model_runner_output)
 
