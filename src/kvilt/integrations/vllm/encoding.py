@@ -50,7 +50,9 @@ class Background:
     def add(self, wanted: Sequence[Wanted], system: str | None) -> None:
         """Take all of them. Raises QueueFull."""
         with self._changed:
-            new = {w.key.digest: w for w in wanted if w.key.digest not in self._jobs and w.document.text != w.document.id}
+            new = {
+                w.key.digest: w for w in wanted if w.key.digest not in self._jobs and w.document.text != w.document.id
+            }
             if len(self._jobs) + len(new) > QUEUED:
                 raise QueueFull(f"{len(self._jobs)} documents wait to be encoded already: try again later.")
             for digest, w in new.items():
@@ -74,7 +76,13 @@ class Background:
                 self._jobs.clear()  # the child has died; what is asked for again comes again
 
     def _child(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "kvilt.integrations.vllm.encoding", self.source, json.dumps(asdict(self.settings))]
+        command = [
+            sys.executable,
+            "-m",
+            "kvilt.integrations.vllm.encoding",
+            self.source,
+            json.dumps(asdict(self.settings)),
+        ]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def _feed(self, child: subprocess.Popen[str]) -> None:

@@ -141,7 +141,9 @@ async def delete_document(digest: str, raw_request: Request) -> Response:
     """Delete a stored document."""
     kvilt: Documents = raw_request.app.state.kvilt
     there = is_digest(digest) and await asyncio.to_thread(kvilt.store.delete, digest, kvilt.namespace(raw_request))
-    return JSONResponse({"id": digest, "deleted": True}) if there else _json(404, f"no document {digest!r:.80} is stored.")
+    return (
+        JSONResponse({"id": digest, "deleted": True}) if there else _json(404, f"no document {digest!r:.80} is stored.")
+    )
 
 
 class Plugin:
@@ -192,5 +194,7 @@ def _error(error: UserError | StoreError) -> Response:
 
 
 def _json(status: int, message: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    kind = {409: "missing_documents", 429: "rate_limit_error", 503: "store_unavailable"}.get(status, "invalid_request_error")
+    kind = {409: "missing_documents", 429: "rate_limit_error", 503: "store_unavailable"}.get(
+        status, "invalid_request_error"
+    )
     return JSONResponse({"error": {"message": message, "type": kind, "code": status, **more}}, status, headers)
