@@ -112,14 +112,14 @@ def test_options_that_cannot_be_served_are_refused_before_anything_is_computed(
     for options, message in (
         ({"temprature": 0.5}, "Did you mean 'temperature'"),
         ({"sed": 1}, "Did you mean 'seed'"),
-        ({"validate": 1}, "unknown generation option 'validate'"),
+        ({"validate": 1}, "validate=1 is not served"),
         ({"num_beams": 4}, "num_beams=4 is not served"),
         ({"num_return_sequences": 2}, "num_return_sequences=2"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
-        ({"max_length": 50}, "use max_new_tokens"),
-        ({"min_length": 50}, "use min_new_tokens"),
+        ({"max_length": 50}, "Use max_new_tokens"),
+        ({"min_length": 50}, "Use min_new_tokens"),
         ({"seed": "abc"}, "do not work"),
     ):
         with pytest.raises(PromptError, match=message):

@@ -50,7 +50,7 @@ def test_a_chat_instead_of_a_question_gets_one_line() -> None:
 @pytest.mark.parametrize("bad", [5, ["a"], {"role": "system"}, "half \ud83d"])
 def test_a_system_text_that_is_none_gets_one_line(bad: Any) -> None:
     """Danger: a number as system text is taken for a document."""
-    with pytest.raises(PromptError, match="must be a text|surrogate"):
+    with pytest.raises(PromptError, match=r"must be a text|surrogate"):
         tokens(engine_of("block"), DOCUMENTS, system=bad)
 
 

@@ -38,6 +38,7 @@ SERVED = (  # every other option wants another loop, another cache or several ro
     *(*FLOATS, *SWITCHES, *IDS),
 )
 OFF = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "use_cache": True}
+INSTEAD = {"max_length": " Use max_new_tokens.", "min_length": " Use min_new_tokens."}
 MOST = {"seed": 1 << 63} | dict.fromkeys(SHARES, 1)  # the largest value, where it is not 2 ** 31
 
 
@@ -56,7 +57,8 @@ class Settings:
 
         An option of sampling (temperature, top_p ...) asks for it; temperature 0 is greedy; stop strings need the tokenizer.
         Raises PromptError for options that are unknown, that have bad values, or that need several rows per prompt."""
-        options, vocabulary = {n: v for n, v in options.items() if v is not None}, vocabulary_of(hf)
+        options = {n: v for n, v in options.items() if v is not None}
+        vocabulary = int(hf.get_input_embeddings().weight.shape[0])
         for name, value in options.items():
             _check(name, value, vocabulary)
         wanted = {name: getattr(hf.generation_config, name, None) for name in SERVED} | options
@@ -78,11 +80,6 @@ class Settings:
         return settings
 
 
-def vocabulary_of(hf: Any) -> int:
-    """How many tokens a model knows."""
-    return int(hf.get_input_embeddings().weight.shape[0])
-
-
 def check_ids(what: str, ids: Any, vocabulary: int) -> None:
     """Raise PromptError for ids, one or several, that no token has."""
     for i in ids if isinstance(ids, list | tuple) else [ids]:
@@ -92,17 +89,12 @@ def check_ids(what: str, ids: Any, vocabulary: int) -> None:
 
 def _check(name: str, value: Any, vocabulary: int) -> None:
     """Raise PromptError for an option that is not served, or a value that transformers would not notice."""
-    known, said = [*vars(GenerationConfig()), "seed"], f"generation option {name}={value!r:.60}"
-    if name not in known or name.startswith("_"):
-        hint = did_you_mean(name, known)
-        raise PromptError(f"unknown generation option {name!r}.{hint} See transformers' GenerationConfig.")
+    said, texts = f"generation option {name}={value!r:.60}", [value] if isinstance(value, str) else value
     if name in OFF and value == OFF[name]:
         return
     if name not in (*SERVED, "seed"):
-        instead = {"max_length": "use max_new_tokens", "min_length": "use min_new_tokens"}
-        advice = instead.get(name, "one sequence is decoded, over the placed cache")
-        raise PromptError(f"{said} is not served: {advice}.")
-    texts = [value] if isinstance(value, str) else value
+        advice = did_you_mean(name, [*SERVED, "seed"]) or " One sequence is decoded, over the placed cache."
+        raise PromptError(f"{said} is not served.{INSTEAD.get(name, advice)}")
     if name == "stop_strings" and not (isinstance(texts, list) and all(isinstance(t, str) and t for t in texts)):
         raise PromptError(f"{said} must be a text or a list of texts.")
     if name in IDS:
