@@ -23,6 +23,7 @@ from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
 
 OF_STRATEGIES = ("G4", "G6", "G7", "G8", "G9")  # the others ask the model alone
+OF_BOTH = ("G4", "G6", "G9")  # G7 and G8 ask the engine, whatever the architecture
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIFFERENT = [
     "llama",
@@ -39,28 +40,30 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
+def raw_of(family: str, dtype: torch.dtype) -> Any:
+    """A tiny model of transformers, made once for each dtype."""
+    return zoo.hf_model(family).to(dtype)
+
+
+@functools.cache
 def model_of(family: str, dtype: torch.dtype) -> Model:
-    """A tiny model, made once for each dtype."""
-    return zoo.model_of(family) if dtype == torch.float32 else Model(zoo.hf_model(family).to(dtype))
+    """The same, wrapped."""
+    return zoo.model_of(family) if dtype == torch.float32 else Model(raw_of(family, dtype))
 
 
 def case_of(model: Model, spec: str = "block", wrapper: Path | None = None, compress: str = "") -> gates.Case:
     strategy = cast(Strategy, registry.build("strategy", spec.replace("WRAPPER", str(wrapper))))
     store = cast(Store, registry.build("store", "memory"))
     engine = Engine(model, TextFormat.of(zoo.tokenizer()), strategy, store, compress=compress)
-    return gates.Case.of(engine, DOCUMENTS, QUESTION, noise_of(model))
+    return gates.Case.of(engine, DOCUMENTS, QUESTION, noise_of(model.hf))
 
 
 @functools.cache
-def noise_of(model: Model) -> float:
+def noise_of(hf: Any) -> float:
     """The floor of the prompt, measured once for each model."""
-    engine = Engine(
-        model,
-        TextFormat.of(zoo.tokenizer()),
-        cast(Strategy, registry.build("strategy", "full")),
-        cast(Store, registry.build("store", "memory")),
-    )
-    return gates.Case.of(engine, DOCUMENTS, QUESTION).floor
+    text = TextFormat.of(zoo.tokenizer())
+    parts = [text.system_ids(), *map(text.document_ids, DOCUMENTS), text.question_ids(QUESTION)]
+    return proof.own(hf, torch.cat(parts)).floor
 
 
 def failed(case: gates.Case, *names: str) -> list[gates.GateResult]:
@@ -71,12 +74,18 @@ def failed(case: gates.Case, *names: str) -> list[gates.GateResult]:
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_every_strategy_passes_on_every_family(family: str, spec: str, wrapper: Path) -> None:
     """Danger: a method is inexact on an architecture that nobody looked at."""
-    assert not failed(case_of(model_of(family, torch.float32), spec, wrapper), *OF_STRATEGIES)
+    gates_of = OF_STRATEGIES if family == "llama" else OF_BOTH
+    assert not failed(case_of(model_of(family, torch.float32), spec, wrapper), *gates_of)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_all_gates_pass_on_every_family_in_every_dtype(family: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.bfloat16) for family in zoo.FAMILIES),
+        *((family, dtype) for family in DIFFERENT[::3] for dtype in (torch.float32, torch.float16)),
+    ],
+)
+def test_all_gates_pass_with_margin(family: str, dtype: torch.dtype) -> None:
     """Danger: the gates refuse honest models, or come so close to it that they do on another machine."""
     engine = case_of(model_of(family, dtype)).engine
     results = gates.run(engine, DOCUMENTS, QUESTION)
@@ -100,22 +109,21 @@ def test_the_proof_refuses_real_faults(
     fault: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Danger: in half precision wrong keys and wrong masks pass for rounding (W4)."""
-    raw = zoo.hf_model(family).to(dtype)
     zoo.FAULTS[fault](monkeypatch)
     with pytest.raises(ModelError, match="refused"):
-        wrap(raw, zoo.tokenizer())
+        wrap(raw_of(family, dtype), zoo.tokenizer())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", DIFFERENT[1::2])
 @pytest.mark.parametrize("fault", zoo.FAULTS)
 def test_the_gates_refuse_real_faults(
     fault: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Danger: `kvilt verify` says that all is well, whatever happens to keys and masks (W4)."""
     zoo.FAULTS[fault](monkeypatch)
-    case = case_of(Model(zoo.hf_model(family).to(dtype)), "random:ratio=0.3")
-    assert {"G9", "G2" if fault == "one off" else "G4"} & {r.gate for r in failed(case, "G2", "G3", "G4", "G9")}
+    case = case_of(Model(raw_of(family, dtype)), "random:ratio=0.3")
+    assert [r.gate for r in failed(case, "G9")] == ["G9"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
