@@ -203,7 +203,7 @@ def test_twenty_small_documents_are_placed_in_twenty_calls(monkeypatch: pytest.M
                 wanted = rotation.rotate(stored[:, 0], rotation.angles(torch.tensor([number])))
                 assert torch.equal(buffer[:, 0, :, number], wanted[:, :, 0])
     assert [d.rows.reads for d in documents] == [[range(32)] * 5] * 20
-    assert min(times) < 0.03  # 3 ms on a quiet machine; this one may be shared
+    assert min(times) < 6e-3  # about 0.6 ms; 58 ms when every layer and side was a call of its own
 
 
 def test_large_documents_are_read_in_groups_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
