@@ -187,8 +187,9 @@ def test_twenty_small_documents_are_placed_in_twenty_calls(monkeypatch: pytest.M
     shape, plan, rotation, documents = deep()
     rotations, times, rotate = [], [], Rotation.rotate
     monkeypatch.setattr(Rotation, "rotate", lambda *args, **more: rotations.append(1) or rotate(*args, **more))
+    pool = BufferPool(shape)
     for _ in range(5):
-        with BufferPool(shape).lend(len(plan.positions)) as buffer:
+        with pool.lend(len(plan.positions)) as buffer:
             placed = PlacedCache(plan, buffer, rotation)
             assert placed.group == 32  # one group of layers: few calls for a small prompt
             rotations.clear()
