@@ -15,7 +15,22 @@ import torch
 from torch import Tensor
 
 import zoo
-from core_kit import Watched, cache_of, ids, layout, make_key, off, placed_rows, pruned, rotated, rows_of, run, watched
+from core_kit import (
+    Watched,
+    ask,
+    cache_of,
+    engine_of,
+    ids,
+    layout,
+    make_key,
+    off,
+    placed_rows,
+    pruned,
+    rotated,
+    rows_of,
+    run,
+    watched,
+)
 from kvilt.errors import DamagedCache
 from kvilt.model import loader, placing
 from kvilt.model.model import Model
@@ -339,6 +354,18 @@ def test_two_runs_at_once_have_two_buffers_and_the_larger_one_is_kept() -> None:
     pool.clear()
     with pool.lend(5) as one:
         assert one.shape[3] == 256
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    """Danger: one request under torch.inference_mode, and every later one outside it fails on the buffer it has left."""
+    engine = engine_of("epic:tokens=3")
+    engine.model.pool.clear()
+    with torch.inference_mode():
+        first = ask(engine, tokens=3)
+        again = ask(engine, tokens=3)
+    assert first.tokens == again.tokens == ask(engine, tokens=3).tokens
+    with torch.inference_mode():
+        assert ask(engine, tokens=3).tokens == first.tokens
 
 
 def test_a_run_inside_a_run_changes_neither() -> None:

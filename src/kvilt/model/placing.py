@@ -64,7 +64,8 @@ class BufferPool:
             return kept
         del kept  # before the larger one is made: two placed caches at once would double the peak
         s, rows = self.shape, -(-rows // ROOM_STEP) * ROOM_STEP
-        return torch.empty(s.layers, 2, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
+        with torch.inference_mode(False):  # a buffer born in inference mode could never be filled outside it
+            return torch.empty(s.layers, 2, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
 
 
 @dataclass(frozen=True, eq=False)
