@@ -17,8 +17,8 @@ from kvilt.lab.train.data import (
     Pick,
     Sample,
     Source,
-    check_disjoint,
     draw,
+    held_apart,
     qa_sample,
     read,
     schedule,
@@ -132,7 +132,7 @@ def test_plain_text():
 
 def test_source_specs(tmp_path):
     path = kit.write(tmp_path / "a.jsonl", kit.rows(3))
-    assert kinds.source(path).share == 3
+    assert (len(kinds.source(path).samples), kinds.source(path).weight) == (3, 0.0)
     made = kinds.source(f"qa-standard:{path}@2.5")
     assert (made.name, made.weight, made.samples[0].reuse) == ("qa-standard", 2.5, False)
 
@@ -152,9 +152,11 @@ def test_split_keeps_copies_together_and_is_disjoint():
     (kept,), held = split_held_out([Source(samples + copies)], 0.3, 1)
     assert len(held) == 12
     assert len(kept.samples) == 28
-    check_disjoint([kept], held)
+    (trained,), tests = held_apart([kept], held, 0.1, 5, 1)
+    assert (trained, len(tests.samples)) == (kept, 4)
+    assert {s.digest for s in tests.samples} <= {s.digest for s in held}
     with pytest.raises(TrainError, match="wrong split"):
-        check_disjoint([kept], kept.samples[:1])
+        held_apart([kept], kept.samples[:1], 0.1, 5, 1)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 5), (1.0, 5), (0.5, 1)])

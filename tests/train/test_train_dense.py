@@ -330,7 +330,7 @@ def test_targets_are_kept_on_disk_whatever_they_were_asked_with(engine, tmp_path
     assert heard[0][0] == 0
     assert heard[-1][0] == heard[-1][1] == sum(p.size for p in prompts[:3])
     asked, real = [], Teacher._answer
-    monkeypatch.setattr(Teacher, "_answer", lambda self, some: (asked.extend(some.values()), real(self, some)))
+    monkeypatch.setattr(Teacher, "_answer", lambda self, some: (asked.extend(some), real(self, some)))
     again = Teacher(engine.model, tmp_path, 4, 8, own).targets(prompts[::-1], lambda *_: None)[::-1]
     assert {p.digest for p in asked} == {p.digest for p in prompts[3:]}
     assert all(torch.equal(a.answer, b.answer) for a, b in zip(first, again, strict=False))

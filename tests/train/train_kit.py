@@ -26,7 +26,7 @@ from kvilt.types import Document
 
 SHORT = {"steps": 4, "batch": 4, "evaluate_every": 2, "held_out": 0.25}
 QUICK = PacketConfig(header=2, trailer=2, micro_batch=3, answer_tokens=6, views=2, lr=0.05, top_k=16, **SHORT)
-LINKED = KVLinkConfig(links=2, slots=4, micro_batch=2, lr=1e-3, max_tokens=512, **SHORT)
+LINKED = KVLinkConfig(dtype="float32", links=2, slots=4, micro_batch=2, lr=1e-3, max_tokens=512, **SHORT)
 WORDS = ["oak", "elm", "ash", "fir", "yew"]
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ PADDING = 1.15  # a batch's longest document is at most this much longer than it
 
 NONE = Compression()
 NOTHING = torch.zeros(0, dtype=torch.long)
+T = TypeVar("T")
+
 logger = logging.getLogger("kvilt")
 
 
@@ -170,7 +173,7 @@ class Encoder:
         present = self.store.contains(unique)
         missing = [item for digest, item in unique.items() if digest not in present]
         encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
-        for batch in batches(missing):
+        for batch in batches(missing, lambda i: len(i.ids)):
             stored = [(item, cache) for item, cache in self._make(batch, self._store) if cache is not None]
             encoded, done = encoded + len(stored), done + len(batch)
             tokens += sum(len(item.ids) for item, _ in stored)
@@ -202,7 +205,7 @@ class Encoder:
         unique = {item.key.digest: item for item in items}
         caches: dict[str, DocumentCache] = {}
         while missing := [item for digest, item in unique.items() if digest not in caches]:
-            for batch in batches(missing):
+            for batch in batches(missing, lambda i: len(i.ids)):
                 made = self._make(batch, self._store_if_possible, lost)
                 caches |= {item.key.digest: cache for item, cache in made if cache is not None}
         return caches
@@ -280,12 +283,12 @@ class Encoder:
         return sum(len(i.ids) + around for i in items) * self.model.bytes_per_token
 
 
-def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Groups of like length whose padded size stays under BATCH_TOKENS."""
-    group: list[Item] = []
-    for item in sorted(items, key=lambda i: len(i.ids)):
-        longest = len(item.ids)
-        if group and (longest * (len(group) + 1) > BATCH_TOKENS or longest > PADDING * len(group[0].ids) + 16):
+def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Groups of like size, in tokens, whose padded size stays under BATCH_TOKENS."""
+    group: list[T] = []
+    for item in sorted(items, key=size):
+        longest = size(item)
+        if group and (longest * (len(group) + 1) > BATCH_TOKENS or longest > PADDING * size(group[0]) + 16):
             yield group
             group = []
         group.append(item)

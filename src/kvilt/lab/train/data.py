@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,16 @@ class Sample:
     def digest(self) -> str:
         """What the sample asks about what, whatever the order of its documents."""
         asked = (part for f in self.further for part in (f.question, str(f.documents)))
-        return digest_of(
-            self.question, *sorted(d.content for d in self.documents), *(self.answers if self.plain else ()), *asked
-        )
+        told = (*sorted(d.content for d in self.documents), *(self.answers if self.plain else ()))
+        return digest_of(self.question, *told, *asked)
 
     @property
     def each(self) -> Iterator[Sample]:
         """The sample's questions, one sample each."""
         yield replace(self, further=())
         for f in self.further:
-            yield replace(
-                self, question=f.question, answers=(f.answer,), documents=self.documents[: f.documents], further=()
-            )
+            told = self.documents[: f.documents]
+            yield replace(self, question=f.question, answers=(f.answer,), documents=told, further=())
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,6 @@ class Source:
     samples: tuple[Sample, ...]
     weight: float = 0.0
     name: str = ""
-
-    @property
-    def share(self) -> float:
-        """The weight that counts."""
-        return self.weight or float(len(self.samples))
 
 
 @dataclass(frozen=True)
@@ -80,13 +74,6 @@ class Pick:
 
 
 Loader = Callable[[dict[str, Any], str], Sample]
-
-
-def check_split(row: dict[str, Any], where: str, allowed: Sequence[str]) -> None:
-    """Raise TrainError for a row that says it belongs to a split that must not be trained on."""
-    split = str(row.get("split", "train")).lower()
-    if split not in allowed:
-        raise TrainError(f"{where}: this row is of the split {split!r}; here only {', '.join(allowed)} may be used.")
 
 
 def qa_sample(row: dict[str, Any], where: str) -> Sample:
@@ -116,9 +103,8 @@ def _further(raw: Any, count: int, ordered: bool, where: str) -> Further:
     answers = answers_of(raw) if isinstance(raw, dict) else ()
     fits = isinstance(number, int) and 0 < number <= count and (ordered or number == count)
     if not isinstance(number, int) or not fits or not answers or not str(raw.get("question") or "").strip():
-        raise TrainError(
-            f'{where}: each of "further" needs a question, answers and, if the row is ordered, the number of documents.'
-        )
+        needs = "a question, answers and, if the row is ordered, the number of documents"
+        raise TrainError(f'{where}: each of "further" needs {needs}.')
     return Further(str(raw["question"]), answers[0], number)
 
 
@@ -145,7 +131,9 @@ def read(path: str | Path, loader: Loader = qa_sample, allowed: Sequence[str] = 
     """All samples of a JSONL file, gzipped or not. Raises UserError for an empty file or a row that cannot be used."""
     samples = []
     for where, row in json_lines(text_lines(Path(path)), str(path)):
-        check_split(row, where, allowed)
+        split = str(row.get("split", "train")).lower()
+        if split not in allowed:
+            raise TrainError(f"{where}: a row of the split {split!r}; here only {', '.join(allowed)} may be used.")
         samples.append(loader(row, where))
     if not samples:
         raise TrainError(f"{path} holds no samples.")
@@ -163,6 +151,24 @@ def sources_of(samples: Sequence[Sample] | Sequence[Source]) -> tuple[Source, ..
     return every
 
 
+def held_apart(
+    sources: Sequence[Source], held_out: Sequence[Sample] | None, share: float, most: int, seed: int
+) -> tuple[tuple[Source, ...], Source]:
+    """What is trained on, and what is measured on: `held_out`, or else a `share` of every source; at most so many.
+
+    Raises TrainError where there is too little, or where a sample would be both: early stopping would see its own training
+    data."""
+    if held_out is None:
+        sources, held_out = split_held_out(sources, share, seed)
+    trained = {s.digest: s.where for source in sources for s in source.samples}
+    for sample in held_out:
+        if sample.digest in trained:
+            raise TrainError(f"wrong split: held-out {sample.where} is also trained on ({trained[sample.digest]}).")
+    if not held_out:
+        raise TrainError("the held-out split is empty: early stopping needs some samples that are not trained on.")
+    return tuple(sources), Source(tuple(held_out[:: max(1, -(-len(held_out) // most))]), name="held-out")
+
+
 def split_held_out(sources: Sequence[Source], share: float, seed: int) -> tuple[tuple[Source, ...], tuple[Sample, ...]]:
     """Put `share` of every source's samples aside; copies of one sample stay on one side."""
     if not 0 < share < 1:
@@ -170,30 +176,13 @@ def split_held_out(sources: Sequence[Source], share: float, seed: int) -> tuple[
     kept, held = [], []
     for source in sources:
         digests = sorted({s.digest for s in source.samples})
-        count = max(1, round(share * len(digests)))
+        count, name = max(1, round(share * len(digests))), source.name or "the data"
         if count >= len(digests):
-            raise TrainError(
-                f"{source.name or 'the data'}: {len(digests)} samples cannot be split; give more, or a held-out file."
-            )
+            raise TrainError(f"{name}: {len(digests)} samples cannot be split; give more, or a held-out file.")
         aside = set(random.Random(f"split/{seed}").sample(digests, count))
         held += [s for s in source.samples if s.digest in aside]
         kept.append(replace(source, samples=tuple(s for s in source.samples if s.digest not in aside)))
     return tuple(kept), tuple(held)
-
-
-def aside(held_out: Sequence[Sample], most: int) -> Source:
-    """At most so many of the held-out samples. Raises TrainError when there are none."""
-    if not held_out:
-        raise TrainError("the held-out split is empty: early stopping needs some samples that are not trained on.")
-    return Source(tuple(held_out[:: max(1, -(-len(held_out) // most))]), name="held-out")
-
-
-def check_disjoint(sources: Sequence[Source], held_out: Sequence[Sample]) -> None:
-    """Raise TrainError when a held-out sample is also trained on: early stopping would see its own training data."""
-    trained = {s.digest: s.where for source in sources for s in source.samples}
-    for sample in held_out:
-        if sample.digest in trained:
-            raise TrainError(f"wrong split: held-out {sample.where} is also trained on ({trained[sample.digest]}).")
 
 
 def draw(sample: Sample, view: int, seed: int, fewest: int = 0, free: bool = False) -> Sample:
@@ -215,26 +204,19 @@ def draw(sample: Sample, view: int, seed: int, fewest: int = 0, free: bool = Fal
     return replace(sample, documents=tuple(sample.documents[i] for i in chosen), gold=gold)
 
 
-@dataclass
-class _Cycle:
-    """A source's samples in one random order after another."""
-
-    source: int
-    size: int
-    seed: int
-    turn: int = 0
-    left: list[int] = field(default_factory=list)
-
-    def next(self, views: int) -> Pick:
-        if not self.left:
-            self.left = list(range(self.size))
-            random.Random(f"cycle/{self.seed}/{self.source}/{self.turn}").shuffle(self.left)
-            self.turn += 1
-        return Pick(self.source, self.left.pop(), (self.turn - 1) % views)
-
-
 def schedule(sources: Sequence[Source], total: int, views: int, seed: int) -> list[Pick]:
-    """Which sample is used when: a function of the arguments alone, so a resumed run goes on where it stopped."""
-    cycles = [_Cycle(i, len(s.samples), seed) for i, s in enumerate(sources)]
-    order = random.Random(f"mixture/{seed}").choices(range(len(sources)), [s.share for s in sources], k=total)
-    return [cycles[i].next(views) for i in order]
+    """Which sample is used when: a function of the arguments alone, so a resumed run goes on where it stopped.
+
+    A longer schedule begins like a shorter one, so that a run can be extended."""
+    cycles = [_cycle(i, len(s.samples), views, seed) for i, s in enumerate(sources)]
+    shares = [s.weight or float(len(s.samples)) for s in sources]
+    order = random.Random(f"mixture/{seed}").choices(range(len(sources)), shares, k=total)
+    return [next(cycles[i]) for i in order]
+
+
+def _cycle(source: int, size: int, views: int, seed: int) -> Iterator[Pick]:
+    """A source's samples in one random order after another."""
+    for turn in itertools.count():
+        order = list(range(size))
+        random.Random(f"cycle/{seed}/{source}/{turn}").shuffle(order)
+        yield from (Pick(source, i, turn % views) for i in reversed(order))

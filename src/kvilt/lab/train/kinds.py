@@ -10,11 +10,8 @@ from kvilt.errors import TrainError
 from kvilt.lab.train.data import TRAIN_SPLITS, Loader, Sample, Source, qa_sample, read
 from kvilt.types import Document
 
-CHUNK_TOKENS, LONG_CHUNK_TOKENS, LONG_ARTICLE = (
-    100,
-    220,
-    1900,
-)  # long articles in larger pieces, to stay within the slots
+CHUNK_TOKENS = 100
+LONG_CHUNK_TOKENS, LONG_ARTICLE = 220, 1900  # long articles in larger pieces, to stay within the slots
 WORDS_PER_TOKEN = 0.75  # of English text; only the size of the pieces depends on it
 SUMMARY_QUESTION = "Summarize the text above."
 
@@ -29,13 +26,8 @@ def chat(row: dict[str, Any], where: str) -> Sample:
     turns = [(str(m.get("role")), str(m.get("content") or "")) for m in row.get("messages") or []]
     system = [text for role, text in turns if role == "system"]
     turns = [t for t in turns if t[0] != "system"]
-    roles = [role for role, _ in turns]
-    if (
-        len(turns) < 2
-        or len(turns) % 2
-        or roles != ["user", "assistant"] * (len(turns) // 2)
-        or not turns[-1][1].strip()
-    ):
+    alternating = [role for role, _ in turns] == ["user", "assistant"] * (len(turns) // 2)
+    if not turns or not alternating or not turns[-1][1].strip():
         raise TrainError(f'{where}: "messages" must alternate between user and assistant and end with an answer.')
     pairs = list(zip(turns[:-2:2], turns[1:-2:2], strict=True))
     documents = [*system, *(f"User: {asked}\nAssistant: {said}" for (_, asked), (_, said) in pairs)]
@@ -77,20 +69,13 @@ def text(row: dict[str, Any], where: str) -> Sample:
 
 KINDS: dict[str, Loader] = {
     "qa": qa_sample,
-    "qa-standard": standard,
     "multi-turn": multi_turn,
     "summary": summary,
+    "qa-standard": standard,
     "sft": sft,
     "text": text,
 }
-MIXTURE = {
-    "qa": 10.0,
-    "multi-turn": 25.0,
-    "summary": 5.0,
-    "qa-standard": 10.0,
-    "sft": 30.0,
-    "text": 20.0,
-}  # KVLink, Table 4
+MIXTURE = dict(zip(KINDS, (10.0, 25.0, 5.0, 10.0, 30.0, 20.0), strict=True))  # KVLink, Table 4
 
 
 def source(spec: str, allowed: Sequence[str] = TRAIN_SPLITS) -> Source:
@@ -104,11 +89,9 @@ def source(spec: str, allowed: Sequence[str] = TRAIN_SPLITS) -> Source:
 
 def weighted(sources: Sequence[Source], weights: dict[str, float]) -> tuple[Source, ...]:
     """Sources without a weight of their own get their kind's; several files of one kind share it by their sizes."""
-    made = []
-    for s in sources:
-        of_kind = sum(len(o.samples) for o in sources if o.name == s.name and not o.weight)
-        made.append(s if s.weight else replace(s, weight=weights.get(s.name, 0.0) * len(s.samples) / of_kind))
-    return tuple(made)
+    sizes = {s.name: sum(len(o.samples) for o in sources if o.name == s.name and not o.weight) for s in sources}
+    free = {s.name: weights.get(s.name, 0.0) / max(1, sizes[s.name]) for s in sources}
+    return tuple(s if s.weight else replace(s, weight=free[s.name] * len(s.samples)) for s in sources)
 
 
 def _number(text: str) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from kvilt.engine.text import TextFormat
 from kvilt.errors import TrainError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, aside, check_disjoint, draw, schedule, sources_of, split_held_out
+from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, schedule, sources_of
 from kvilt.lab.train.dense import merged, parts_of, row_of
 from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings, pace
 from kvilt.lab.train.packet import TRAINING
@@ -106,14 +106,9 @@ class Examples:
 
 
 def train_kvlink(
-    model: str,
-    samples: Sequence[Sample] | Sequence[Source],
-    config: KVLinkConfig,
-    out: str | Path,
-    held_out: Sequence[Sample] | None = None,
-    on_progress: Report = lambda _: None,
-    device: str = "auto",
-) -> Path:
+    model: str, samples: Sequence[Sample] | Sequence[Source], config: KVLinkConfig, out: str | Path,
+    held_out: Sequence[Sample] | None = None, on_progress: Report = lambda _: None, device: str = "auto",
+) -> Path:  # fmt: skip
     """Fine-tune a checkpoint (folder or hub name); OUT gets the best held-out step and its kvlink.json.
 
     Runs on one CPU, one GPU, or many under `accelerate launch` or torchrun. Run again with the same arguments, it goes
@@ -122,10 +117,8 @@ def train_kvlink(
     out, sources, c = Path(out), sources_of(samples), config
     c.check()
     _check_samples([*(s for source in sources for s in source.samples), *(held_out or ())])
-    if held_out is None:
-        sources, held_out = split_held_out(sources, c.held_out, c.seed)
-    check_disjoint(sources, held_out)
-    every = (*sources, aside(held_out, c.held_out_limit))
+    sources, tests = held_apart(sources, held_out, c.held_out, c.held_out_limit, c.seed)
+    every = (*sources, tests)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     loaded, tokenizer = load_model(model, "float32", device)

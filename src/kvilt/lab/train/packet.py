@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError, WrapperError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, aside, check_disjoint, draw, schedule, sources_of, split_held_out
+from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, schedule, sources_of
 from kvilt.lab.train.dense import Parts, parts_of, row_of
 from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings, pace
 from kvilt.lab.train.questions import with_questions
@@ -61,13 +60,9 @@ class PacketConfig(Settings):
 
 
 def train_packet(
-    engine: Engine,
-    samples: Sequence[Sample] | Sequence[Source],
-    config: PacketConfig,
-    out: str | Path,
-    held_out: Sequence[Sample] | None = None,
-    on_progress: Report = lambda _: None,
-) -> Wrapper:
+    engine: Engine, samples: Sequence[Sample] | Sequence[Source], config: PacketConfig, out: str | Path,
+    held_out: Sequence[Sample] | None = None, on_progress: Report = lambda _: None,
+) -> Wrapper:  # fmt: skip
     """Train header, trailer (and link) vectors for a frozen model; OUT/wrapper.safetensors gets the best held-out step.
 
     Run again with the same arguments, it goes on from its last checkpoint and ends with the same vectors; with more
@@ -78,7 +73,10 @@ def train_packet(
     c = replace(c, lr=c.lr or engine.info.embedding_stats[1] / 20)
     _check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], c)
     on_progress(Progress("questions", 0, 1))
-    sources, tests = _split(engine, sources, c, folder, held_out)
+    if held_out is not None:
+        held_out = with_questions(engine, [Source(tuple(held_out))], folder / "held-out", c.seed)[0].samples
+    sources = with_questions(engine, sources, folder, c.seed)
+    sources, tests = held_apart(sources, held_out, c.held_out, c.held_out_limit, c.seed)
     wrapper = initial(engine, c)
     run = _run(engine, wrapper, (*sources, tests), c, folder, on_progress)
     state, sizes = Loop(run).train(), {s.name or "data": len(s.samples) for s in (*sources, tests)}
@@ -88,20 +86,6 @@ def train_packet(
     return made
 
 
-def _split(
-    engine: Engine, sources: tuple[Source, ...], c: PacketConfig, folder: Path, held_out: Sequence[Sample] | None
-) -> tuple[tuple[Source, ...], Source]:
-    """What is trained on, with questions, and what is measured on."""
-    sources = with_questions(engine, sources, folder, c.seed)
-    if held_out is None:
-        sources, held_out = split_held_out(sources, c.held_out, c.seed)
-    else:
-        apart = [Source(tuple(held_out), name="held-out")]
-        held_out = with_questions(engine, apart, folder / "held-out", c.seed)[0].samples
-    check_disjoint(sources, held_out)
-    return sources, aside(held_out, c.held_out_limit)
-
-
 def _run(
     engine: Engine, wrapper: Wrapper, sources: Sequence[Source], c: PacketConfig, folder: Path, report: Report
 ) -> Run:
@@ -109,52 +93,39 @@ def _run(
     picks = schedule(sources[:-1], c.steps * c.batch, c.views, c.seed)
     tests = [Pick(len(sources) - 1, i, 0) for i in range(len(sources[-1].samples))]
     prompts = {p: _draw(engine, sources, p, c) for p in dict.fromkeys((*tests, *picks))}
-    strategy, vectors = student(wrapper, c), ("header", "trailer", "links")
+    strategy, names = student(wrapper, c), ("header", "trailer", "links")
     _check_lengths(engine, prompts.values(), strategy, c)
     checkpoint.claim(folder, c, engine.model.digest, *(s.digest for source in sources for s in source.samples))
-    parts = {n: v for n in vectors if (v := getattr(wrapper, n)) is not None}
-    trained = Vectors(engine.model, parts, vectors[:2] if c.links_only else ())
+    parts = {n: v for n in names if (v := getattr(wrapper, n)) is not None}
+    trained = Vectors(engine.model, parts, names[:2] if c.links_only else ())
     targets: dict[Pick, Target] = {}
 
     def example(pick: Pick) -> Example:
-        target = targets[pick]
-        row = row_of(strategy, prompts[pick], target.answer)
-        return Example(row, target.top() if c.loss == "kl" else None)
+        row = row_of(strategy, prompts[pick], targets[pick].answer)
+        return Example(row, targets[pick].top() if c.loss == "kl" else None)
 
     run = Run(c, trained, picks, tests, example, lambda pick: prompts[pick].size, folder, report)
-    middle = statistics.median_low(p.size for p in prompts.values())
-    typical = next(p for p in prompts.values() if p.size == middle)
+    typical = sorted(prompts.values(), key=lambda p: p.size)[len(prompts) // 2]
     trial = Example(row_of(strategy, typical, torch.zeros(c.answer_tokens, dtype=torch.long)))
-    left = run.seconds(checkpoint.steps_done(folder), pace(trained, trial, middle))
+    done, began = checkpoint.steps_done(folder), time.monotonic()
+    left = run.seconds(done, pace(trained, trial, typical.size))
+
+    def asked(tokens: int, total: int) -> None:
+        ahead = (time.monotonic() - began) / tokens * (total - tokens) if tokens else 0.0
+        report(Progress("teacher", tokens, total, left + ahead))
+
     teacher = Teacher(engine.model, folder / "teacher", c.answer_tokens, c.top_k, c.answers == "teacher")
-    asked = _Asked(report, left)
     targets.update(zip(prompts, teacher.targets(list(prompts.values()), asked), strict=True))
-    report(Progress("train", checkpoint.steps_done(folder), c.steps, left))
+    report(Progress("train", done, c.steps, left))
     return run
 
 
-class _Asked:
-    """Reports how far the teacher is, and when the training will be done."""
-
-    def __init__(self, report: Report, training: float) -> None:
-        self.report, self.training, self.began = report, training, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Hear of prompt tokens answered."""
-        spent = time.monotonic() - self.began
-        self.report(Progress("teacher", done, total, self.training + (spent / done * (total - done) if done else 0.0)))
-
-
 def _check_samples(samples: Sequence[Sample], c: PacketConfig) -> None:
-    for sample in samples:
-        if not sample.documents or sample.plain or not sample.reuse:
-            raise TrainError(
-                f"{sample.where}: no documents to reuse: a wrapper is trained on questions over documents."
-            )
-        if c.answers == "data" and not sample.answers:
-            raise TrainError(
-                f'{sample.where}: no answer, but answers=data trains on the data\'s: add "answers": [...].'
-            )
+    for s in samples:
+        if not s.documents or s.plain or not s.reuse:
+            raise TrainError(f"{s.where}: no documents to reuse: a wrapper is trained on questions over documents.")
+        if c.answers == "data" and not s.answers:
+            raise TrainError(f'{s.where}: no answer, but answers=data trains on the data\'s: add "answers": [...].')
 
 
 def _draw(engine: Engine, sources: Sequence[Source], pick: Pick, c: PacketConfig) -> Parts:
@@ -164,11 +135,10 @@ def _draw(engine: Engine, sources: Sequence[Source], pick: Pick, c: PacketConfig
 
 def _check_lengths(engine: Engine, prompts: Iterable[Parts], strategy: KVPacket, c: PacketConfig) -> None:
     context = engine.model.context_length
-    for parts in prompts:
-        end = parts.plan(strategy).end + c.answer_tokens
+    for p in prompts:
+        end = p.plan(strategy).end + c.answer_tokens
         if end > context:
-            where = parts.sample.where
-            raise TrainError(f"{where}: a prompt and its answer take {end} positions, the context holds {context}.")
+            raise TrainError(f"{p.sample.where}: prompt and answer take {end} positions, the context holds {context}.")
 
 
 def initial(engine: Engine, c: PacketConfig) -> Wrapper:

@@ -15,41 +15,40 @@ from kvilt.errors import TrainError
 from kvilt.lab.train.data import Sample, Source
 from kvilt.lab.train.dense import parts_of, row_of
 from kvilt.lab.train.teacher import FULL, generate
+from kvilt.rows.files import json_lines, replacing, text_lines
 
 REQUEST = "Write one short question that the text above answers. Reply with the question only."
 GROUP = (2, 6)  # single documents are put together in prompts of so many
-BATCH = 16
+BATCH, TOKENS = 16, 32  # documents asked about at once, tokens of a question
 
 
-def with_questions(
-    engine: Engine, sources: Sequence[Source], folder: Path, seed: int, tokens: int = 32
-) -> tuple[Source, ...]:
+def with_questions(engine: Engine, sources: Sequence[Source], folder: Path, seed: int) -> tuple[Source, ...]:
     """Give every sample that has no question one of the model's own, kept in `folder` for inspection and the next run.
 
     Raises TrainError when the model asks nothing at all."""
+    files = (folder / f"questions-{i}.jsonl" for i in range(len(sources)))
     return tuple(
-        _asked(engine, s, folder / f"questions-{i}.jsonl", f"{seed}/{i}", tokens) for i, s in enumerate(sources)
+        _asked(engine, s, file, f"{seed}/{i}") for i, (s, file) in enumerate(zip(sources, files, strict=False))
     )
 
 
-def _asked(engine: Engine, source: Source, memo: Path, seed: str, tokens: int) -> Source:
+def _asked(engine: Engine, source: Source, memo: Path, seed: str) -> Source:
     bare = [s for s in source.samples if not s.question and not s.plain]
     if not bare:
         return source
-    grouped = _grouped(bare, random.Random(f"group/{seed}"))
-    known = _known(memo)
-    made = []
+    grouped, known = _grouped(bare, random.Random(f"group/{seed}")), _known(memo)
     for first in range(0, len(grouped), BATCH):
         batch = grouped[first : first + BATCH]
         if not all(s.digest in known for s in batch):
-            questions = _ask(engine, batch, f"{seed}/{first}", tokens)
-            known |= {s.digest: q for s, q in zip(batch, questions, strict=True)}
-            _remember(memo, [s.digest for s in batch], known)
-        made += [replace(s, question=known[s.digest]) for s in batch if known[s.digest]]
+            asked = zip(batch, _ask(engine, batch, f"{seed}/{first}"), strict=True)
+            known |= {s.digest: question for s, question in asked}
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(memo) as file:
+                file.write_text("".join(json.dumps({"sample": d, "question": q}) + "\n" for d, q in known.items()))
+    made = [replace(s, question=known[s.digest]) for s in grouped if known[s.digest]]
     if not made:
-        raise TrainError(
-            f"{source.name or 'the data'}: the model asked no question about its documents; give questions."
-        )
+        name = source.name or "the data"
+        raise TrainError(f"{name}: the model asked no question about its documents; give questions.")
     return replace(source, samples=(*(s for s in source.samples if s.question or s.plain), *made))
 
 
@@ -63,25 +62,15 @@ def _grouped(samples: Sequence[Sample], rng: random.Random) -> list[Sample]:
     return [s if s.gold else replace(s, gold=(rng.randrange(len(s.documents)),)) for s in made]
 
 
-def _ask(engine: Engine, samples: Sequence[Sample], seed: str, tokens: int) -> list[str]:
+def _ask(engine: Engine, samples: Sequence[Sample], seed: str) -> list[str]:
     """Sampled, so that like documents get unlike questions."""
     about = [replace(s, documents=tuple(s.documents[i] for i in s.gold), question=REQUEST) for s in samples]
     prompts = [row_of(FULL, parts_of(engine.text, s), torch.empty(0, dtype=torch.long)) for s in about]
     generator = torch.Generator().manual_seed(random.Random(f"ask/{seed}").getrandbits(60))
-    answers = generate(engine.model, prompts, tokens, 0.7, generator)
+    answers = generate(engine.model, prompts, TOKENS, 0.7, generator)
     return [next(iter(engine.text.decode(tuple(a.tolist())).splitlines()), "").strip() for a in answers]
 
 
 def _known(memo: Path) -> dict[str, str]:
-    if not memo.is_file():
-        return {}
-    whole = [
-        line for line in memo.read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]  # the last may be cut off
-    return {row["sample"]: row["question"] for row in map(json.loads, whole)}
-
-
-def _remember(memo: Path, digests: Sequence[str], known: dict[str, str]) -> None:
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    with memo.open("a") as file:
-        file.writelines(json.dumps({"sample": d, "question": known[d]}) + "\n" for d in digests)
+    rows = json_lines(text_lines(memo), str(memo)) if memo.is_file() else ()
+    return {row["sample"]: row["question"] for _, row in rows}

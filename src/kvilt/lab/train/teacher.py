@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvilt.engine.encoder import batches
 from kvilt.errors import TrainError
 from kvilt.lab.train import checkpoint
 from kvilt.lab.train.dense import Parts, Row, additive, collate, logits_of, row_of
@@ -20,7 +22,6 @@ from kvilt.model.model import Model
 from kvilt.strategies.full import FullRecompute
 from kvilt.types import digest_of
 
-BATCH_TOKENS = 8192  # padded prompt tokens of one teacher batch
 FULL = FullRecompute()
 PARTS = ("answer", "ids", "logp", "rest")
 
@@ -35,8 +36,8 @@ class Target:
 
     def top(self) -> TopK:
         """The teacher's top k at every token of the answer."""
-        found, _ = checkpoint.read(self.file, [f"{self.name}.{part}" for part in PARTS[1:]])
-        ids, logp, rest = found.values()
+        kept, _ = checkpoint.read(self.file, [f"{self.name}.{part}" for part in PARTS[1:]])
+        ids, logp, rest = kept.values()
         return TopK(ids.long(), logp, rest)
 
 
@@ -51,29 +52,28 @@ class Teacher:
     own: bool = True  # answers are the teacher's own; else the data's
     _known: dict[str, Target] = field(default_factory=dict, repr=False)
 
-    def missing(self, prompts: Sequence[Parts]) -> list[Parts]:
-        """The prompts that have no answer yet."""
-        for file in self.folder.glob("*.safetensors"):
-            self._note(file)
-        return [p for p in prompts if self._name(p) not in self._known]
-
     def targets(self, prompts: Sequence[Parts], on_progress: Callable[[int, int], None]) -> list[Target]:
         """One target for each prompt; `on_progress` hears (tokens done, tokens to do) of the prompts that are asked.
 
         Raises TrainError when the data has no answer where it should, or the model's logits are not numbers."""
-        left = {self._name(p): p for p in self.missing(prompts)}
+        for file in self.folder.glob("*.safetensors"):
+            self._note(file)
+        left = {self._name(p): p for p in prompts if self._name(p) not in self._known}
         done, total = 0, sum(p.size for p in left.values())
-        for names in batches({name: p.size for name, p in left.items()}):
+        for batch in batches(left.values(), lambda p: p.size):
             on_progress(done, total)
-            self._answer({name: left[name] for name in names})
-            done += sum(left[name].size for name in names)
+            self._answer(batch)
+            done += sum(p.size for p in batch)
         on_progress(total, total)
         return [self._known[self._name(p)] for p in prompts]
 
+    @functools.cached_property
+    def _settings(self) -> str:
+        return f"{self.model.digest} {self.model.shape.dtype} {self.answer_tokens} {self.top_k} {self.own}"
+
     def _name(self, prompt: Parts) -> str:
         """Content address of all that decides what the teacher says."""
-        settings = f"{self.model.digest} {self.model.shape.dtype} {self.answer_tokens} {self.top_k} {self.own}"
-        return digest_of(settings, prompt.digest)[:32]
+        return digest_of(self._settings, prompt.digest)[:32]
 
     def _note(self, file: Path) -> None:
         with safe_open(str(file), "pt") as f:
@@ -81,13 +81,14 @@ class Teacher:
             self._known.update({n: Target(f.get_tensor(f"{n}.answer").long(), file, n) for n in names})
 
     @torch.no_grad()
-    def _answer(self, prompts: dict[str, Parts]) -> None:
-        said = self._own(list(prompts.values())) if self.own else self._given(list(prompts.values()))
+    def _answer(self, prompts: Sequence[Parts]) -> None:
         tensors: dict[str, Tensor] = {}
-        for name, (answer, top) in zip(prompts, said, strict=True):
-            values = (answer, top.ids.int(), top.logp, top.rest)
-            tensors |= {f"{name}.{part}": value for part, value in zip(PARTS, values, strict=True)}
-        file = self.folder / f"{digest_of(*prompts)[:32]}.safetensors"
+        for prompt, (answer, top) in zip(
+            prompts, self._own(prompts) if self.own else self._given(prompts), strict=True
+        ):
+            values = zip(PARTS, (answer, top.ids.int(), top.logp, top.rest), strict=True)
+            tensors |= {f"{self._name(prompt)}.{part}": value for part, value in values}
+        file = self.folder / f"{digest_of(*map(self._name, prompts))[:32]}.safetensors"
         checkpoint.write(file, tensors)
         self._note(file)
 
@@ -113,27 +114,11 @@ class Teacher:
         return TopK.of(logits, self.top_k).to(torch.device("cpu"))
 
 
-def batches(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names in groups of like size whose padded size stays under BATCH_TOKENS."""
-    group: list[str] = []
-    for name in sorted(sizes, key=lambda n: (sizes[n], n)):
-        if group and sizes[name] * (len(group) + 1) > BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(name)
-    if group:
-        yield group
-
-
 @torch.no_grad()
 def generate(
-    model: Model,
-    prompts: Sequence[Row],
-    most: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    on_logits: Callable[[Tensor], None] = lambda logits: None,
-) -> list[Tensor]:
+    model: Model, prompts: Sequence[Row], most: int, temperature: float = 0.0,
+    generator: torch.Generator | None = None, on_logits: Callable[[Tensor], None] = lambda logits: None,
+) -> list[Tensor]:  # fmt: skip
     """Decode prompts at once, each up to its end-of-text token (kept) or `most` tokens; greedy at temperature 0.
 
     `on_logits` gets the logits (prompts, vocab) of every step."""
