@@ -195,12 +195,6 @@ def rotated(model: Model, keys: Tensor, positions: Tensor) -> Tensor:
     return model.rotation.rotate(keys, model.rotation.angles(positions))
 
 
-def spoil(model: Model, rows: int, value: float = float("nan")) -> None:
-    """Leave rubbish in the buffer that the next plan gets."""
-    with model.pool.lend(rows) as buffer:
-        buffer.fill_(value)
-
-
 def off(found: Tensor | None, wanted: Tensor | None) -> float:
     """Largest difference, relative to the largest wanted value."""
     assert found is not None
