@@ -13,8 +13,8 @@ from store_kit import bytes_of
 from kvilt.errors import StoreError
 from kvilt.stores.blobs import BlobStore, MemoryBlob
 from kvilt.stores.catalogue import Catalogue
-from kvilt.stores.disk import DiskBlobs
 from kvilt.stores.entry import Entry
+from kvilt.stores.folder import DiskBlobs
 from kvilt.stores.memory import MemoryBlobs
 from kvilt.stores.tiered import TieredBlobs
 

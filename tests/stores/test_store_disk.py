@@ -20,7 +20,7 @@ from store_kit import bytes_of, digest, file_of, flip, make_cache, make_key, sam
 
 from kvilt.errors import OtherVersion, StoreUnavailable
 from kvilt.rows.rows import whole
-from kvilt.stores import files
+from kvilt.stores import folder as files
 from kvilt.stores.disk import DiskStore, default_path
 from kvilt.stores.memory import MemoryStore
 from kvilt.stores.tiered import TieredStore
@@ -269,7 +269,7 @@ def test_a_restart_keeps_uses(disk: DiskStore) -> None:
 
 def test_uses_are_written_soon(disk: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: a server that only reads never writes what is popular, and another process evicts it."""
-    monkeypatch.setattr("kvilt.stores.catalogue.FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr("kvilt.stores.store.FLUSH_SECONDS", 0.01)
     disk.put(make_cache(1))
     disk.get(make_key(1))
     for _ in range(200):

@@ -13,8 +13,6 @@ from typing import Protocol, TypeAlias
 
 from kvilt.errors import StoreError
 
-_KEY = re.compile(r"[0-9a-f]{64}")
-
 
 class Blob(Protocol):
     """The bytes of one stored document, opened for reading."""
@@ -83,11 +81,13 @@ class BlobStore(ABC):
 
     def contains(self, keys: Iterable[str]) -> set[str]:
         """Which of these keys have a blob."""
-        wanted = [*keys]
-        there = {key: blob for key, blob in zip(wanted, self.get_many(wanted), strict=True) if blob is not None}
-        for blob in there.values():
-            blob.close()
-        return set(there)
+        there = set()
+        for key in keys:  # one by one: they may be more than can be open at once
+            for blob in self.get_many([key]):
+                if blob is not None:
+                    blob.close()
+                    there.add(key)
+        return there
 
     def set_aside(self, key: str, reason: str) -> bool:
         """Take a damaged blob out of service, kept for inspection where the store can; whether it was there."""
@@ -101,13 +101,11 @@ class BlobStore(ABC):
         """Release files and connections; the store may be used again."""
 
 
-def is_key(key: object) -> bool:
-    """Whether something is 64 hex digits."""
-    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+is_key = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 def check_key(key: str) -> str:
     """The key itself, if it is one. Raises StoreError."""
-    if not is_key(key):
+    if not (isinstance(key, str) and is_key(key)):
         raise StoreError(f"{key!r:.80} is no key of a stored document: a key is 64 hex digits (0-9, a-f).")
     return key

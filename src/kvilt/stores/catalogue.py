@@ -10,26 +10,23 @@ import contextlib
 import itertools
 import json
 import logging
+import shutil
 import sqlite3
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
 from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob
-from kvilt.stores.database import MOMENT, Damage, Database
+from kvilt.stores.database import Database
 from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
 
 log = logging.getLogger("kvilt")
 
-Limit = Callable[[int], int]  # bytes that a store may hold, given the bytes it holds
-
-FLUSH_SECONDS = 2.0
+SHARE = 0.5  # of the disk's free space, its own documents counted as free, for a store that is given no budget
 POLICIES = {  # scores in SQL: the lowest goes first, among equals the one unused for longest
     "lru": "0",
     "lfu": "hits",
@@ -70,7 +67,7 @@ class Catalogue(Database, BlobStore):
         pins: BlobStore,
         path: Path | None = None,
         policy: str = "lru",
-        budget: int | Limit | None = None,
+        budget: int | None = None,
         quota: int | None = None,
         describe: Describe = describe,
     ) -> None:
@@ -83,8 +80,8 @@ class Catalogue(Database, BlobStore):
         if policy not in POLICIES:
             known = ", ".join(POLICIES)
             raise SpecError(f"unknown eviction policy {policy!r}.{did_you_mean(policy, POLICIES)} Known: {known}.")
-        self._events: deque[tuple[str, str, float]] = deque()
-        self._due = False
+        self.next: Entry | None = None  # what will be put next, if it is known: then it need not tell itself
+        self._damaged = 0
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
         return self.blobs.get_many(keys)
@@ -99,9 +96,8 @@ class Catalogue(Database, BlobStore):
         """Make room, enter it, then store it: a process that dies in between leaves the store smaller, not too large."""
         if self.blobs.contains([key]):
             return False
-        pinned, made = bool(self.pins.contains([key])), False
-        entry = replace(self.describe(key, MemoryBlob(data)), pinned=pinned)
-        self.flush()
+        known, made = self.next, False
+        entry = known if known and known.key == key else self.describe(key, MemoryBlob(data))
         self.write(lambda db: self._enter(db, entry))
         try:
             made = self.blobs.put(key, data)
@@ -123,35 +119,30 @@ class Catalogue(Database, BlobStore):
         there = self.blobs.set_aside(key, reason)
         self.memo.pop(key, None)
         self.forget([key])
-        for _ in range(there):
-            self.note("damaged")
+        self._damaged += there
         return there
 
     def close(self) -> None:
-        self.flush(MOMENT)
         self.disconnect()
         self.blobs.close()
 
-    def note(self, what: str, key: str = "") -> None:
-        """Count one of "hits" (of `key`), "misses" or "damaged", without waiting for anything."""
-        self.after_fork()
-        self._events.append((what, key, time.time()))
-        if not self._due:
-            self._due, timer = True, threading.Timer(FLUSH_SECONDS, self.flush, [0.0])
-            timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends; `close` writes then
-                timer.start()
+    def record(self, uses: Sequence[tuple[str, float]], misses: int, patience: float | None) -> None:
+        """Count uses (key and time) and misses. Raises StoreUnavailable."""
 
-    def flush(self, patience: float | None = None) -> None:
-        """Write what was noted; while another process does not let us it is kept for the next time."""
-        self._due = False
-        if self._events and (self.path is None or self.path.parent.is_dir()):
-            with contextlib.suppress(StoreUnavailable):
-                self.write(self._flush, patience)
+        def work(db: sqlite3.Connection) -> None:
+            for name, number in (("hits", len(uses)), ("misses", misses), ("damaged", self._damaged)):
+                _set(db, name, _value(db, name) + number)
+            for key, moment in uses:
+                db.execute("UPDATE entries SET hits = hits + 1, used = MAX(used, ?) WHERE key = ?", (moment, key))
+                self._score(db, "key = ?", key)
+            self._damaged = 0
+
+        gone = self.path is not None and not self.path.parent.is_dir()  # nor is it made again for this
+        if not gone and (uses or misses or self._damaged):
+            self.write(work, patience)
 
     def rows(self, condition: str = "TRUE", *values: object) -> dict[str, Entry]:
         """Documents by key, all or those of an SQL condition. Raises StoreUnavailable."""
-        self.flush(0.0)
         return self.read(lambda db: _entries(db, condition, *values))
 
     def look(self, key: str) -> Entry | None:
@@ -165,7 +156,6 @@ class Catalogue(Database, BlobStore):
 
     def stats(self) -> StoreStats:
         """Totals since the catalogue was built. Raises StoreUnavailable."""
-        self.flush(0.0)
         names = ("hits", "misses", "evictions", "damaged")
         (entries, held), *counts = self.read(lambda db: (_held(db, ""), *(_value(db, name) for name in names)))
         return StoreStats(entries, held, self._limit(held), *counts)
@@ -197,12 +187,6 @@ class Catalogue(Database, BlobStore):
         if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
             self._insert(db, self._survey([key for key, _ in self.blobs.list()]))
 
-    def after_fork(self) -> bool:
-        if forked := super().after_fork():
-            self._events.clear()  # the parent writes them
-            self._due = False
-        return forked
-
     def _drop(self, key: str) -> bool:
         self.memo.pop(key, None)
         return self.blobs.delete(key)
@@ -225,11 +209,12 @@ class Catalogue(Database, BlobStore):
             except DamagedCache as error:
                 with contextlib.suppress(StoreUnavailable):
                     log.warning("%s; it is set aside", error)
-                    if self.blobs.set_aside(key, error.reason):
-                        self.note("damaged")
+                    self._damaged += self.blobs.set_aside(key, error.reason)
 
     def _limit(self, held: int) -> int | None:
-        return self._budget(held) if callable(self._budget) else self._budget
+        if self._budget is None and self.path is not None:
+            return int(SHARE * (shutil.disk_usage(self.path.parent).free + held))
+        return self._budget
 
     def _enter(self, db: sqlite3.Connection, entry: Entry, again: bool = False) -> None:
         if not (again and _entries(db, "key = ?", entry.key)):
@@ -246,17 +231,10 @@ class Catalogue(Database, BlobStore):
 
     def _insert(self, db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            row = {**vars(entry), "fields": json.dumps(entry.fields), "score": 0.0}
+            pinned = bool(self.pins.contains([entry.key]))
+            row = {**vars(entry), "fields": json.dumps(entry.fields), "pinned": pinned, "score": 0.0}
             db.execute(f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(row))})", (*row.values(),))
             self._score(db, "key = ?", entry.key)
-
-    def _flush(self, db: sqlite3.Connection) -> None:
-        for _ in range(len(self._events)):
-            what, key, moment = self._events.popleft()
-            _set(db, what, _value(db, what) + 1)
-            if key:
-                db.execute("UPDATE entries SET hits = hits + 1, used = MAX(used, ?) WHERE key = ?", (moment, key))
-                self._score(db, "key = ?", key)
 
     def _evict(self, db: sqlite3.Connection, size: int, namespace: str) -> int:
         """Make room for `size` more bytes; bytes freed. Nothing is evicted for what cannot fit."""
@@ -315,5 +293,5 @@ def _entries(db: sqlite3.Connection, condition: str = "TRUE", *values: object) -
         rows = [dict(zip(_COLUMNS, row, strict=True)) for row in db.execute(query, values)]
         made = [Entry(**{**r, "pinned": bool(r["pinned"]), "fields": json.loads(r["fields"])}) for r in rows]
     except (ValueError, TypeError) as error:
-        raise Damage(f"an entry is malformed: {error}") from error
+        raise sqlite3.DatabaseError(f"an entry is malformed: {error}") from error
     return {entry.key: entry for entry in made}

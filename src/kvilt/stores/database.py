@@ -31,12 +31,6 @@ _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
 
 
-class Damage(sqlite3.DatabaseError):
-    """What is written there is not what we write."""
-
-    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-
-
 class Database(ABC):
     """One connection, shared by threads, to a file or (`path` None, or a file that cannot be used) to memory."""
 
@@ -72,20 +66,18 @@ class Database(ABC):
 
     def disconnect(self) -> None:
         """Close the connection; the next use opens it again."""
-        self.after_fork()
+        self._after_fork()
         with self._lock:
             if self._db is not None:
                 self._db.close()
             self._db = None
 
-    def after_fork(self) -> bool:
-        """Whether this is a child, which may not use the connections to files that it inherited."""
-        forked = self._pid != os.getpid()
-        self._pid = os.getpid()
-        if forked and self._file is not None:
+    def _after_fork(self) -> None:
+        """A child may not use the connection to a file that it inherited."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
             self._inherited.append(self._db)
-            self._db = None
-        return forked
+            self._db = self._db if self._file is None else None
 
     def _run(self, work: Callable[[sqlite3.Connection], T], write: bool, patience: float) -> T:
         until = time.monotonic() + patience
@@ -101,7 +93,7 @@ class Database(ABC):
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T], write: bool, again: bool = False) -> T:
         """Do `work` in a transaction, over a database built anew if this one is damaged. Raises sqlite3.Error if busy."""
-        self.after_fork()
+        self._after_fork()
         with self._lock:
             try:
                 with self._transaction(self._connection(), write) as db:
@@ -130,7 +122,7 @@ class Database(ABC):
             db.execute("BEGIN EXCLUSIVE" if write else "BEGIN")
             _version(db)  # takes the lock for reading
             if mark and os.path.lexists(mark):
-                raise Damage("a process died while it wrote")
+                raise sqlite3.DatabaseError("a process died while it wrote")
             with contextlib.ExitStack() as stack:
                 if mark and write:
                     os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
@@ -180,7 +172,7 @@ class Database(ABC):
                 with self._transaction(db, write=True):
                     if _version(db) != self.version:  # nobody was faster
                         if db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
-                            raise Damage(f"its version is {_version(db)}, not {self.version}")
+                            raise sqlite3.DatabaseError(f"its version is {_version(db)}, not {self.version}")
                         self.build(db)
                         db.execute(f"PRAGMA user_version = {self.version}")
         except BaseException:
@@ -214,8 +206,8 @@ def _version(db: sqlite3.Connection) -> int:
 
 
 def _code(error: Exception) -> int:
-    unknown = sqlite3.SQLITE_CORRUPT if isinstance(error, FileExistsError) else sqlite3.SQLITE_CANTOPEN
-    return getattr(error, "sqlite_errorcode", unknown) & 0xFF
+    unusable = isinstance(error, OSError) and not isinstance(error, FileExistsError)
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CANTOPEN if unusable else sqlite3.SQLITE_CORRUPT) & 0xFF
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvilt.errors import DamagedCache, UserError
+from kvilt.errors import DamagedCache
 from kvilt.rows.header import read_header
 from kvilt.stores.blobs import Blob
-
-MAX_NAMESPACE = 128  # characters
 
 
 @dataclass(frozen=True)
@@ -47,33 +46,17 @@ class StoreStats:
     damaged: int
 
 
+is_namespace = re.compile(r"[\w -~]{1,128}").fullmatch  # letters and digits of any script, and printable ASCII
 Describe = Callable[[str, Blob], Entry]
-
-
-def check_namespace(name: str) -> str:
-    """The namespace itself, if it can be one. Raises UserError."""
-    if not (0 < len(name) <= MAX_NAMESPACE and name.isprintable()):
-        raise UserError(f"namespace {name[:MAX_NAMESPACE]!r} must be 1 to {MAX_NAMESPACE} printable characters.")
-    return name
 
 
 def describe(key: str, blob: Blob) -> Entry:
     """A stored document as its own header tells it. Raises DamagedCache, OtherVersion, OSError."""
     header = read_header(key, blob)
-    if not (0 <= header.tokens <= blob.size and math.isfinite(header.created + (header.expires or 0.0))):
+    name = header.namespace
+    sane = is_namespace(name) and 0 <= header.tokens <= blob.size
+    if not (sane and math.isfinite(header.created + (header.expires or 0.0))):
         raise DamagedCache(key, "its header is malformed")
-    try:
-        check_namespace(header.namespace)
-    except UserError as error:
-        raise DamagedCache(key, str(error)) from error
-    return Entry(
-        key=key,
-        bytes=blob.size,
-        tokens=header.tokens,
-        title=header.title.encode("utf-8", "replace").decode(),  # half characters could not be printed or entered
-        namespace=header.namespace,
-        created=header.created,
-        used=header.created,
-        expires=header.expires,
-        fields=dict(header.fields),
-    )
+    title = header.title.encode("utf-8", "replace").decode()  # half characters could not be printed or entered
+    entry = Entry(key, blob.size, header.tokens, title, name, header.created, header.created)
+    return replace(entry, expires=header.expires, fields=dict(header.fields))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob, check_key
 from kvilt.stores.catalogue import Catalogue
-from kvilt.stores.sizes import parse_size
+from kvilt.stores.sizes import Size, parse_size
 from kvilt.stores.store import Store
 
 
@@ -38,6 +38,6 @@ class MemoryBlobs(BlobStore):
 class MemoryStore(Store):
     """Keeps documents in this process's memory: `memory:budget=4GB,policy=lru|lfu|greedy-dual,quota=1GB`."""
 
-    def __init__(self, budget: str | int = "4GB", policy: str = "lru", quota: str | int | None = None) -> None:
+    def __init__(self, budget: Size = "4GB", policy: str = "lru", quota: Size = None) -> None:
         limits = parse_size(budget, "budget"), parse_size(quota, "quota")
         super().__init__(Catalogue(MemoryBlobs(), MemoryBlobs(), None, policy, *limits))

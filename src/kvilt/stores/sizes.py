@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import TypeAlias
 
 from kvilt.errors import SpecError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+Size: TypeAlias = str | int | None
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
-def parse_size(value: str | int | None, option: str = "size") -> int | None:
+def parse_size(value: Size, option: str = "size") -> int | None:
     """Bytes of "200GB" (decimal), "4GiB" (binary) or 512; None stays None. Raises SpecError."""
     if value is None:
         return None
     match = _PATTERN.fullmatch(str(value))
     if match is None or (match[3] and not match[2]):
         raise SpecError(f"{option}={value!r} is not a size: write it like 200GB, 4GiB, 512MB or a number of bytes.")
-    unit = match[2].lower()
-    size = int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
     if size <= 0:
         raise SpecError(f"{option}={value!r} must be more than 0 bytes.")
     return size

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvilt.errors import DamagedCache, DocumentError, OtherVersion, StoreUnavailable, UserError
-from kvilt.rows.header import MAX_HEADER
+from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
 from kvilt.stores.blobs import Blob, BlobStore, check_key
 from kvilt.stores.catalogue import Catalogue
-from kvilt.stores.entry import Entry, StoreStats, check_namespace
+from kvilt.stores.database import MOMENT
+from kvilt.stores.entry import Entry, StoreStats, is_namespace
 
 if TYPE_CHECKING:
     from kvilt.types import CacheKey, DocumentCache
@@ -21,7 +25,27 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Store", "StoreStats"]
 log = logging.getLogger("kvilt")
 
+FLUSH_SECONDS = 2.0
 REMEMBERED = 512  # opened caches, each of which keeps its file open
+
+
+Use = tuple[str | None, float]  # key, or None for a miss, and time
+
+
+def check_namespace(name: str) -> None:
+    """Refuse what cannot be a namespace. Raises UserError."""
+    if not is_namespace(name):
+        raise UserError(f"namespace {name[:100]!r} must be 1 to 128 letters, digits or printable ASCII characters.")
+
+
+def _record(uses: deque[Use], catalogues: Sequence[Catalogue], patience: float | None) -> None:
+    noted = [uses.popleft() for _ in range(len(uses))]
+    hits = [(key, moment) for key, moment in noted if key is not None]
+    try:
+        for catalogue in catalogues:
+            catalogue.record(hits, len(noted) - len(hits) if catalogue is catalogues[-1] else 0, patience)
+    except StoreUnavailable:
+        uses.extendleft(reversed(noted))
 
 
 class Opened(NamedTuple):
@@ -43,9 +67,11 @@ class Store:
         self.catalogues, self.last = catalogues, catalogues[-1]  # what is in the last one, is there
         self.blobs = blobs or self.last
         self._memo: dict[str, Opened] = {}  # in order of last use; every use of it is one operation, so no lock
+        self._uses: deque[Use] = deque(maxlen=100_000)
+        self._pid = os.getpid()
         for catalogue in catalogues:
             catalogue.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
-            weakref.finalize(self, catalogue.flush, 0.0)  # a store that is never closed writes its last uses too
+        weakref.finalize(self, _record, self._uses, catalogues, 0.0)  # also where a store is never closed
 
     def get(self, key: CacheKey) -> DocumentCache | None:
         """The stored cache, or None."""
@@ -56,14 +82,11 @@ class Store:
 
         Their rows are read later, and raise DamagedCache if they are damaged: see `set_aside`."""
         unique = {key.digest: key for key in keys}
-        blobs = zip(unique.values(), self.blobs.get_many(list(unique)), strict=True)
+        source = self.blobs if self.blobs is not self.last and counted else self.last.blobs
+        blobs = zip(unique.values(), source.get_many(list(unique)), strict=True)
         caches = {key.digest: self._opened(key, blob, counted) for key, blob in blobs}
-        for digest in [key.digest for key in keys] if counted else ():
-            if caches[digest] is None:
-                self.last.note("misses")
-            else:
-                for catalogue in self.catalogues:
-                    catalogue.note("hits", digest)
+        if counted:
+            self._note([None if caches[key.digest] is None else key.digest for key in keys])
         return [caches[key.digest] for key in keys]
 
     def put(self, cache: DocumentCache, *, title: str = "", ttl: float | None = None) -> bool:
@@ -78,17 +101,19 @@ class Store:
             raise UserError(f"ttl={ttl!r}: a document's time to live is a number of seconds above 0.")
         if self._is_served(cache.key):
             return False
-        now = time.time()
-        data = pack(cache, title=title, created=now, expires=None if ttl is None else now + ttl)
-        if len(data[0]) > MAX_HEADER:
-            raise DocumentError(
-                f"document {title[:40]!r} needs a header of {len(data[0])} bytes: {MAX_HEADER} are read."
-            )
-        return self.blobs.put(cache.key.digest, data)
+        key, now, title = cache.key, time.time(), title.encode("utf-8", "replace").decode()
+        expires = None if ttl is None else now + ttl
+        data = pack(cache, title=title, created=now, expires=expires)
+        size, fields = sum(map(len, data)), asdict(key)
+        self.flush()
+        entry = Entry(key.digest, size, len(cache.tokens), title, key.namespace, now, now, 0, False, expires, fields)
+        for catalogue in self.catalogues:
+            catalogue.next = entry
+        return self.blobs.put(key.digest, data)
 
     def contains(self, digests: Iterable[str]) -> set[str]:
         """Which of these digests are stored."""
-        there = self.last.contains(digests)
+        there = self.last.blobs.contains(digests)
         with contextlib.suppress(StoreUnavailable):
             there -= self.last.rows("expires <= ? AND NOT pinned", time.time()).keys() if there else set()
         return {digest for digest in there if (held := self._memo.get(digest)) is None or held.cache is not None}
@@ -100,7 +125,7 @@ class Store:
 
     def entry(self, digest: str) -> Entry | None:
         """One stored document."""
-        return next(self._known(list(self.last.contains([digest]))), None)
+        return next(self._known(list(self.last.blobs.contains([digest]))), None)
 
     def delete(self, digest: str, namespace: str | None = None) -> bool:
         """Delete a document, if it is of that namespace (None: of any); whether it was there."""
@@ -118,6 +143,7 @@ class Store:
 
     def stats(self) -> StoreStats:
         """Totals; of several stores behind one another those of the last one, which holds everything."""
+        self.flush(0.0)
         return self.last.stats()
 
     def set_aside(self, digest: str, reason: str) -> None:
@@ -133,27 +159,38 @@ class Store:
 
     def gc(self) -> int:
         """Drop expired documents, leftovers, what was set aside a day ago, and what is over a limit; bytes freed."""
+        self.flush()
         return sum(catalogue.gc() for catalogue in self.catalogues)
 
     def verify(self) -> list[tuple[str, str]]:
         """Read every document completely; (key, reason) of each that cannot be, of which damaged ones are set aside."""
-        problems = []
-        for key, _ in self.last.list():
-            try:
-                self._read_all(key)
-            except DamagedCache as error:
-                self.set_aside(key, error.reason)
-                problems.append((key, error.reason))
-            except OtherVersion as error:
-                log.info("%s", error)
-            except OSError as error:
-                problems.append((key, f"it cannot be read: {error.strerror or error}"))
-        return problems
+        return [(key, reason) for key, _ in self.last.list() if (reason := self._problem(key))]
 
     def close(self) -> None:
         """Write what is pending and release files and connections; the store may be used again."""
         self._memo.clear()
+        self.flush(MOMENT)
         self.blobs.close()
+
+    def flush(self, patience: float | None = None) -> None:
+        """Write what was counted; while another process does not let us it is kept for the next time."""
+        self._forget_parent()
+        _record(self._uses, self.catalogues, patience)
+
+    def _note(self, uses: Sequence[str | None]) -> None:
+        """Count uses, or misses (None), without waiting for anything: they are written within a few seconds."""
+        self._forget_parent()
+        if len(self._uses) % 256 < len(uses):  # there were none, or the last timer could not write them
+            timer = threading.Timer(FLUSH_SECONDS, _record, [self._uses, self.catalogues, 0.0])
+            timer.daemon = True
+            with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends: `_record` runs then
+                timer.start()
+        self._uses.extend((digest, time.time()) for digest in uses)
+
+    def _forget_parent(self) -> None:
+        if self._pid != os.getpid():  # in a forked child: the parent writes its own
+            self._pid = os.getpid()
+            self._uses.clear()
 
     def _opened(self, key: CacheKey, blob: Blob | None, counted: bool) -> DocumentCache | None:
         """The cache in a blob, opened once as long as the blob stays the same."""
@@ -203,6 +240,7 @@ class Store:
 
     def _known(self, digests: Sequence[str]) -> Iterator[Entry]:
         """Stored documents as the catalogue knows them, or, where it does not or is locked, as they tell themselves."""
+        self.flush(0.0)
         rows: dict[str, Entry] = {}
         with contextlib.suppress(StoreUnavailable):
             rows = self.last.rows() if len(digests) > 1 else self.last.rows("key = ?", *digests or "-")
@@ -216,18 +254,26 @@ class Store:
     def _is_pinned(self, digest: str) -> bool:
         return bool(self.last.pins.contains([digest]))
 
-    def _read_all(self, digest: str) -> None:
+    def _problem(self, digest: str) -> str:
+        """Why a document cannot be read completely; empty if it can, or is not for us to read."""
         from kvilt.rows.file import open_cache
         from kvilt.rows.rows import whole
         from kvilt.types import CacheKey
 
         (blob,) = self.last.get_many([digest])
-        if blob is not None:
-            fields = self.last.describe(digest, blob).fields
-            key = CacheKey(**fields) if fields.keys() == CacheKey.__dataclass_fields__.keys() else None
-            if key is None or key.digest != digest:
-                raise DamagedCache(digest, "its key does not match its identity fields")
-            rows = open_cache(blob, key).rows
-            if rows is not None:
-                for i in range(rows.shape[0]):
-                    whole(rows, slice(i, i + 1))
+        try:
+            if blob is not None:
+                fields = self.last.describe(digest, blob).fields
+                key = CacheKey(**fields) if fields.keys() == CacheKey.__dataclass_fields__.keys() else None
+                if key is None or key.digest != digest:
+                    raise DamagedCache(digest, "its key does not match its identity fields")
+                if rows := open_cache(blob, key).rows:
+                    whole(rows)
+        except DamagedCache as error:
+            self.set_aside(digest, error.reason)
+            return error.reason
+        except OSError as error:
+            return f"it cannot be read: {error.strerror or error}"
+        except OtherVersion as error:
+            log.info("%s", error)
+        return ""

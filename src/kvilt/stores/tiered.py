@@ -9,6 +9,7 @@ from kvilt.errors import StoreError, StoreUnavailable
 from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore
+from kvilt.stores.sizes import Size
 from kvilt.stores.store import Store
 
 
@@ -83,11 +84,11 @@ class TieredStore(Store):
     def __init__(
         self,
         *_stores: Store,
-        memory: str | int = "2GB",
+        memory: Size = "2GB",
         path: str | None = None,
-        budget: str | int | None = None,
+        budget: Size = None,
         policy: str = "lru",
-        quota: str | int | None = None,
+        quota: Size = None,
     ) -> None:
         self.stores = _stores or (MemoryStore(memory, policy), DiskStore(path, budget, policy, quota))
         blobs = TieredBlobs([store.blobs for store in self.stores])

@@ -1,4 +1,12 @@
-"""Files of a folder that is not trusted: no link in it is followed, and nothing but regular files is opened."""
+"""Blobs as files in a folder, shared by any number of processes.
+
+    ab/abcdef...safetensors   a document, under the first two digits of its key
+    ab/abcdef...pin           an empty file while the document is pinned
+    aside/                    damaged files, each with a .reason
+    catalogue.sqlite          can be deleted at any time
+
+The folder is not trusted: no link in it is followed, and nothing but regular files is opened.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +16,20 @@ import fcntl
 import functools
 import logging
 import os
+import re
 import resource
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kvilt.errors import StoreUnavailable
+from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key, is_key
 
 log = logging.getLogger("kvilt")
 
+ASIDE_SECONDS = 86400.0
 PIECES = 1024  # buffers that one call may fill
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not make anybody wait
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -31,12 +42,111 @@ _ADVICE = {
 }
 
 
-def unavailable(error: OSError, what: str, path: Path) -> StoreUnavailable:
-    """What an operation on a store's folder failed for, and what to do about it."""
-    advice = next(
-        (advice for advice, codes in _ADVICE.items() if error.errno in codes), "Check the path, or give another."
-    )
-    return StoreUnavailable(f"{what} at {path}: {error.strerror or error}. {advice}")
+class DiskBlobs(BlobStore):
+    """Blobs as files in a folder, which is made where it is not there."""
+
+    def __init__(self, path: Path, suffix: str = ".safetensors") -> None:
+        self.path, self.suffix = path, suffix
+
+    def get_many(self, keys: Sequence[str]) -> Blobs:
+        return [self._get(*place) for place in [self._place(key) for key in keys]]
+
+    def put(self, key: str, data: Sequence[memoryview]) -> bool:
+        folder, name = self._place(key)
+        with trouble("cannot write to the store", self.path):
+            for _ in range(2):  # again if its folder was deleted meanwhile
+                with contextlib.suppress(FileNotFoundError), opened(folder, make=True) as fd:
+                    return create(fd, name, data)
+            raise FileNotFoundError(errno.ENOENT, "its folder is deleted again and again")
+
+    def delete(self, key: str) -> bool:
+        folder, name = self._place(key)
+        with trouble("cannot delete from the store", self.path), contextlib.suppress(FileNotFoundError):
+            with opened(folder) as fd:
+                os.unlink(name, dir_fd=fd)
+            return True
+        return False
+
+    def list(self) -> Iterator[tuple[str, int]]:
+        for shard, fd in self._shards("[0-9a-f]{2}"):
+            with os.scandir(fd) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    key, dot, suffix = entry.name.partition(".")
+                    mine = dot + suffix == self.suffix and is_key(key) and key.startswith(shard)
+                    with contextlib.suppress(FileNotFoundError):
+                        if mine and entry.is_file(follow_symlinks=False):
+                            yield key, entry.stat(follow_symlinks=False).st_size
+
+    def contains(self, keys: Iterable[str]) -> set[str]:
+        there = set()
+        for key in keys:
+            folder, name = self._place(key)
+            with contextlib.suppress(OSError), opened(folder) as fd:
+                there |= {key} if is_file(fd, name) else set()
+        return there
+
+    def set_aside(self, key: str, reason: str) -> bool:
+        folder, name = self._place(key)
+        target = f"{key}-{time.time_ns()}"
+        with trouble("cannot set aside a document of the store", self.path), contextlib.suppress(FileNotFoundError):
+            with opened(folder) as fd:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)  # no folder for nothing
+                with opened(self.path / "aside", make=True) as aside:
+                    os.rename(name, target + self.suffix, src_dir_fd=fd, dst_dir_fd=aside)
+                    with contextlib.suppress(OSError):  # a full disk must not keep a damaged file in service
+                        os.utime(target + self.suffix, dir_fd=aside, follow_symlinks=False)  # its day begins now
+                        create(aside, target + ".reason", [memoryview(f"{reason}\n".encode(errors="replace"))])
+            return True
+        return False
+
+    def sweep(self) -> int:
+        freed = 0
+        with trouble("cannot clean the store", self.path):
+            for shard, fd in self._shards("[0-9a-f]{2}|aside"):
+                for name in os.listdir(fd):
+                    with contextlib.suppress(FileNotFoundError):
+                        state = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                        old = shard == "aside" and time.time() - state.st_mtime > ASIDE_SECONDS
+                        if old or is_abandoned(fd, name):
+                            os.unlink(name, dir_fd=fd)
+                            freed += state.st_size
+        return freed
+
+    def _place(self, key: str) -> tuple[Path, str]:
+        key = key if isinstance(key, str) and is_key(key) else check_key(key)
+        return self.path / key[:2], key + self.suffix
+
+    def _get(self, folder: Path, name: str) -> Blob | None:
+        try:
+            return FileBlob(folder, name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # passing, perhaps: a miss
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                too_many_open()
+            else:
+                log.warning("cannot read stored document %s: %s", name[:16], error.strerror)
+            return None
+
+    def _shards(self, pattern: str) -> Iterator[tuple[str, int]]:
+        """Names and descriptors of the store's own folders, one after another."""
+        with trouble("cannot list the store", self.path):
+            for name in sorted(os.listdir(self.path) if self.path.is_dir() else []):
+                if re.fullmatch(pattern, name):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError), opened(self.path / name) as fd:
+                        yield name, fd
+
+
+@contextlib.contextmanager
+def trouble(what: str, path: Path) -> Iterator[None]:
+    """Failures of the system become StoreUnavailable: what failed, where, why, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        advice = next(
+            (text for text, codes in _ADVICE.items() if error.errno in codes), "Check the path, or give another."
+        )
+        raise StoreUnavailable(f"{what} at {path}: {error.strerror or error}. {advice}") from error
 
 
 @contextlib.contextmanager
