@@ -201,6 +201,15 @@ def test_an_index_names_the_files_that_count(folder: Path) -> None:
         identity.of_files(folder)
 
 
+def test_a_model_whose_files_are_nowhere_is_called_after_its_tensors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Danger: weights that transformers fetched from another revision stop the model from loading."""
+    wanted = Model(zoo.hf_model("llama")).digest
+    monkeypatch.setattr(identity, "weight_files", lambda _: (_ for _ in ()).throw(ModelError("none")))
+    assert load_model(str(folder))[0].digest == wanted
+
+
 def test_a_digest_is_remembered_while_the_file_looks_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: a large model is hashed at every start."""
     read = []
@@ -258,6 +267,9 @@ def test_notes_that_cannot_be_written_are_no_obstacle(folder: Path, monkeypatch:
     """Danger: a read-only home stops the model from loading."""
     wanted = identity.of_files(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert identity.of_files(folder) == wanted
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert identity.of_files(folder) == wanted
 
 

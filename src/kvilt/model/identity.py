@@ -110,7 +110,7 @@ def recall(note: str) -> str | None:
 
 def remember(note: str, value: str) -> str:
     """Remember a short text under a name, and return it; what cannot be written down is worked out again next time."""
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # of a user without a home
         _memo().parent.mkdir(parents=True, exist_ok=True)
         with replacing(_memo()) as temporary:
             temporary.write_text(json.dumps({**_notes(), note: value}))
@@ -122,7 +122,7 @@ def _memo() -> Path:
 
 
 def _notes() -> dict[str, object]:
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError, RuntimeError):
         notes = json.loads(_memo().read_text("utf-8")) if _memo().is_file() else None
         return notes if isinstance(notes, dict) else {}
     return {}
@@ -219,10 +219,11 @@ def _look(tensors: Iterable[tuple[str, Tensor, str]], views: dict[object, Tensor
             plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() > 0
             at = (id(t), t.data_ptr() if plain else 0)
             marks.append((at, t.shape, 0 if t.is_inference() else t._version))
-            if plain and at not in views:
-                views[at] = t.as_strided((min(SAMPLE, t.numel()),), (max(1, t.numel() // SAMPLE),))
             if plain:
-                samples[t.dtype, t.device].append(views[at])
+                view = views.get(at)  # once: another thread may clear them
+                if view is None:
+                    view = views[at] = t.as_strided((min(SAMPLE, t.numel()),), (max(1, t.numel() // SAMPLE),))
+                samples[t.dtype, t.device].append(view)
     return (*marks, *(bytes(_bytes(torch.cat(group))) for group in samples.values()))
 
 

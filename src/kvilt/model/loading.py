@@ -85,7 +85,10 @@ def _load(name: str, what: str, dtype: str, place: torch.device, trust: bool) ->
         if missing := sorted(report["missing_keys"]):  # transformers makes them up, differently every time
             raise ValueError(f"its files lack weights that the model has: {', '.join(missing[:3])} ...")
         at = beside(name, "config.json")
-        return hf.to(place), tokenizer, Identity(hf, at and at.parent), reason
+        try:
+            return hf.to(place), tokenizer, Identity(hf, at and at.parent), reason
+        except ModelError:  # its weights came from elsewhere
+            return hf, tokenizer, Identity(hf), reason
 
 
 def _base_of(described: Path, name: str) -> str:
