@@ -122,6 +122,13 @@ def test_sampling(model_dir: Path, docs: list[Path], store: str) -> None:
     assert data(*common, "--temperature", 0)["text"] == data(*common)["text"]
 
 
+def test_a_model_by_a_relative_path(model_dir: Path, docs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: what was trained in this folder cannot be used from this folder."""
+    monkeypatch.chdir(model_dir.parent)
+    common = ("ask", "what?", "--docs", docs[0], "--store", "memory", "--max-new-tokens", 1)
+    assert data(*common, "--model", model_dir.name)["text"] == data(*common, "--model", model_dir)["text"]
+
+
 def test_documents_from_standard_input(model_dir: Path, store: str) -> None:
     """Danger: documents from a pipe get other keys in each verb."""
     lines = "\n".join(json.dumps({"text": f"Document number {i}."}) for i in range(3))

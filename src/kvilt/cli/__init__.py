@@ -51,12 +51,9 @@ def _run(arguments: Sequence[str]) -> int:
             return context.command.invoke(context) or 0
     except Exit as end:
         return end.exit_code
-    except UserError as error:
+    except (UserError, StoreError) as error:
         talk.fail(error)
-        return USER
-    except StoreError as error:
-        talk.fail(error)
-        return STORE
+        return USER if isinstance(error, UserError) else STORE
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except OSError as error:

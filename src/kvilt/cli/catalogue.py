@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ def _name(kind: str, name: str, path: str, engine: Engine | None) -> Name:
     try:
         summary = " ".join((ast.get_docstring(_class(path)[1]) or "").partition("\n\n")[0].split())
         options = _options(path)
-    except (OSError, ImportError, ValueError, SyntaxError, StopIteration) as error:
+    except (OSError, ImportError, ValueError, SyntaxError) as error:
         return Name(name, f"not available: {error}")
     return Name(name, summary, options, _fits(name, engine) if engine and kind == "strategy" else "")
 
@@ -97,7 +98,7 @@ def _class(path: str) -> tuple[str, ast.ClassDef]:
 
 
 def _options(path: str) -> dict[str, object]:
-    """Options of a class with their defaults: parameters of its `__init__`, or fields of a dataclass and its bases."""
+    """Options of a class with their defaults, which are literals: of its `__init__`, or a dataclass and its bases."""
     module, cls = _class(path)
     options: dict[str, object] = {}
     for base in cls.bases:
@@ -105,23 +106,10 @@ def _options(path: str) -> dict[str, object]:
             options |= _options(f"{module}:{base.id}") if isinstance(base, ast.Name) else {}
     for node in cls.body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            arguments = node.args.args[1:] + node.args.kwonlyargs
-            defaults = [*node.args.defaults, *node.args.kw_defaults]
-            options = {a.arg: _value(d, module) for a, d in zip(arguments[::-1], defaults[::-1], strict=False)}
-        elif isinstance(node, ast.AnnAssign) and node.value:
-            name, default = ast.unparse(node.target), ast.unparse(node.value)
-            if "ClassVar" not in ast.unparse(node.annotation) and "repr=False" not in default:
-                options[name] = _value(node.value, module)
+            arguments = [*node.args.args[1:], *node.args.kwonlyargs][::-1]
+            defaults = [*node.args.defaults, *node.args.kw_defaults][::-1]
+            pairs = zip(arguments, defaults, strict=False)
+            options = {argument.arg: ast.literal_eval(default) for argument, default in pairs if default}
+        elif isinstance(node, ast.AnnAssign) and node.value and not re.search("ClassVar|repr=False", ast.unparse(node)):
+            options[ast.unparse(node.target)] = ast.literal_eval(node.value)
     return {name: value for name, value in options.items() if not name.startswith("_")}
-
-
-def _value(node: ast.expr | None, module: str) -> object:
-    """What a default comes to: a literal, or an item of a module's constant."""
-    if isinstance(node, ast.Subscript):
-        return _value(node.value, module)[_value(node.slice, module)]  # type: ignore[index]
-    if isinstance(node, ast.Name):
-        constants = (
-            n for n in _module(module).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == node.id
-        )
-        return _value(next(constants).value, module)
-    return ast.literal_eval(node) if node else None

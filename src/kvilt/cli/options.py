@@ -28,13 +28,18 @@ Verb = Callable[..., int | None]
 _opened: list[Store] = []  # by the verb that runs
 
 
+def option(default: Any, *names: str, **more: Any) -> Any:
+    """A field of an option group: its default, the names of the option, and what else typer is to know."""
+    return dataclasses.field(default=default, metadata={"option": Option(*names, **more)})
+
+
 @dataclass(frozen=True)
 class Output:
     """How a verb speaks."""
 
-    json: Annotated[bool, Option("--json", help="Print JSON on stdout.")] = False
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")] = False
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Show what the libraries say, too.")] = False
+    json: bool = option(False, "--json", help="Print JSON on stdout.")
+    quiet: bool = option(False, "--quiet", "-q", help="Say nothing on stderr but errors.")
+    verbose: bool = option(False, "--verbose", "-v", help="Show what the libraries say, too.")
 
     def read(self, paths: Sequence[str], on_bad: Callable[[DocumentError], None] | None = None) -> list[Document]:
         """The documents that paths name; what is skipped is told."""
@@ -53,11 +58,10 @@ class Output:
 class Stored(Output):
     """A verb on a store."""
 
-    store: Annotated[
-        str,
-        Option("--store", envvar="KVILT_STORE", help="Where caches are kept: memory, disk or tiered, with options."),
-    ] = "disk"
-    namespace: Annotated[str | None, Option("--namespace", help="Whose documents (of a store that many share).")] = None
+    store: str = option(
+        "disk", "--store", envvar="KVILT_STORE", help="Where caches are kept: memory, disk or tiered, with options."
+    )
+    namespace: str | None = option(None, "--namespace", help="Whose documents (of a store that many share).")
 
     def open_store(self) -> Store:
         """The store, the same whenever a verb asks. Raises UserError, StoreUnavailable."""
@@ -72,35 +76,21 @@ class Stored(Output):
 
 
 @dataclass(frozen=True)
-class Named(Output):
-    """A verb on a model."""
-
-    model: Annotated[
-        str | None, Option("--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")
-    ] = None
-
-    def named(self) -> str:
-        """The model's name. Raises UserError where none is given."""
-        if not self.model:
-            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
-        return self.model
-
-
-@dataclass(frozen=True)
-class Loaded(Named):
+class Loaded(Output):
     """A verb that loads a model."""
 
-    dtype: Annotated[str, Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Option("--device", help="auto, cpu or cuda.")] = "auto"
-    system: Annotated[str | None, Option("--system", help="Text in front of the documents; '' for none.")] = None
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run Python code that comes with the model's files.")
-    ] = False
+    model: str | None = option(None, "--model", "-m", envvar="KVILT_MODEL", help="Folder or hub name of the model.")
+    dtype: str = option("auto", "--dtype", help="auto, float32, bfloat16 or float16.")
+    device: str = option("auto", "--device", help="auto, cpu or cuda.")
+    system: str | None = option(None, "--system", help="Text in front of the documents; '' for none.")
+    trust_remote_code: bool = option(False, "--trust-remote-code", help="Run Python code that comes with the model.")
 
     def named(self) -> str:
         """The model's name. Raises UserError where none is given."""
         utf8(self.system or "", "--system")
-        return super().named()
+        if not self.model:
+            raise UserError("no model: give --model FOLDER or --model HUB_NAME, or set KVILT_MODEL.")
+        return self.model
 
     def load(self, strategy: object, store: object = "memory", **more: Any) -> Engine:
         """An engine with the model. Raises UserError where it cannot be loaded."""
@@ -118,14 +108,12 @@ class Loaded(Named):
 class Run(Loaded, Stored):
     """A verb that runs a model with a strategy and a store."""
 
-    strategy: Annotated[
-        str,
-        Option("--strategy", "-s", help="How caches are reused (kvilt list strategy), with options: kvlink:links=5."),
-    ] = registry.DEFAULT
-    compress: Annotated[
-        str,
-        Option("--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."),
-    ] = ""
+    strategy: str = option(
+        registry.DEFAULT, "--strategy", "-s", help="How caches are reused (kvilt list strategy): kvlink:links=5."
+    )
+    compress: str = option(
+        "", "--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."
+    )
 
     def engine(self, *, without_store: bool = False, in_memory: bool = False) -> Engine:
         """The engine. `without_store` makes do without one that cannot be opened, `in_memory` leaves the user's alone."""
@@ -149,13 +137,13 @@ class Run(Loaded, Stored):
 class Answering:
     """How an answer is generated and given; greedy unless a temperature or a top-p is given."""
 
-    max_new_tokens: Annotated[int, Option("--max-new-tokens", min=1, help="Longest answer.")] = 128
-    temperature: Annotated[float | None, Option("--temperature", min=0, help="Sample; 0 is greedy.")] = None
-    top_p: Annotated[float | None, Option("--top-p", min=0, max=1, help="Sample from the likeliest tokens.")] = None
-    seed: Annotated[int | None, Option("--seed", help="Sample the same answer again.")] = None
-    stream: Annotated[bool, Option("--stream", help="Print the answer while it is generated.")] = False
-    logits: Annotated[Path | None, Option("--logits", help="Write the first token's logits (safetensors).")] = None
-    explain: Annotated[bool, Option("--explain", help="Show the plan of the prompt on stderr.")] = False
+    max_new_tokens: int = option(128, "--max-new-tokens", min=1, help="Longest answer.")
+    temperature: float | None = option(None, "--temperature", min=0, help="Sample; 0 is greedy.")
+    top_p: float | None = option(None, "--top-p", min=0, max=1, help="Sample from the likeliest tokens.")
+    seed: int | None = option(None, "--seed", help="Sample the same answer again.")
+    stream: bool = option(False, "--stream", help="Print the answer while it is generated.")
+    logits: Path | None = option(None, "--logits", help="Write the first token's logits.")  # noqa: RUF009 - a field
+    explain: bool = option(False, "--explain", help="Show the plan of the prompt on stderr.")
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.answer`."""
@@ -208,12 +196,13 @@ def flat(function: Verb) -> Verb:
 
 def _fields(group: Any) -> list[inspect.Parameter]:
     """Options of a group, those of the most special class first."""
-    hints = get_type_hints(group, include_extras=True)
+    hints = get_type_hints(group)
     classes = [cls.__annotations__ for cls in group.__mro__ if dataclasses.is_dataclass(cls)]
     ordered = sorted(
         dataclasses.fields(group), key=lambda f: next(i for i, names in enumerate(classes) if f.name in names)
     )
-    return [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-        for f in ordered
-    ]
+    kind, kinds = (
+        inspect.Parameter.KEYWORD_ONLY,
+        {f.name: Annotated[hints[f.name], f.metadata["option"]] for f in ordered},
+    )
+    return [inspect.Parameter(f.name, kind, default=f.default, annotation=kinds[f.name]) for f in ordered]

@@ -70,8 +70,9 @@ def _wrapper(
     engine = options.load("block")
     with talk.meter("training") as meter:
         made = train_packet(engine, sources, config, out, tests, Told(meter))
-    result = {"wrapper": str(out / WRAPPER), "best": json.loads(made.metadata["best"])}
-    show.out(options.json, result, [f"{name}: {value}" for name, value in result.items()])
+    best = json.loads(made.metadata["best"])
+    lines = [f"wrapper: {out / WRAPPER}", *(f"best {name}: {value}" for name, value in best.items())]
+    show.out(options.json, {"wrapper": str(out / WRAPPER), "best": best}, lines)
 
 
 def _sources(data: Sequence[str], held_out: Sequence[str] | None) -> tuple[list[Source], list[Sample] | None]:

@@ -66,7 +66,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights."""
     for path in (folder / name for name in WEIGHTS):
         if path.is_file():
-            parts = json.loads(path.read_text("utf-8"))["weight_map"].values() if path.suffix == ".json" else [path]
+            parts = (
+                json.loads(path.read_text("utf-8"))["weight_map"].values() if path.suffix == ".json" else [path.name]
+            )
             return [folder / part for part in sorted(set(parts))]
     if rest := sorted(folder.glob("*.safetensors")):
         return rest

@@ -57,8 +57,8 @@ class Ape(Strategy):
     The question starts after the longest of them; `temperature` and `scale` act on what it and the answer's tokens
     attend to among the documents (section 4 of the paper). A profile made by `kvilt calibrate ape` gives both."""
 
-    temperature: float = DEFAULTS[0]
-    scale: float = DEFAULTS[1]
+    temperature: float = 0.9
+    scale: float = 0.9
     profile: str = ""
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class SamKV(Plain):
     block: int = 8
     most: float = 0.5
     layers: str = ""
-    update: str = UPDATES[0]
+    update: str = "overwrite"
     theta: float = 0.9
     depth: int = field(default=1, repr=False, compare=False, kw_only=True)
 

@@ -22,7 +22,7 @@ class TurboRAG(Strategy):
 
     start: int | None = None
     end: int | None = None
-    positions: str = POSITIONS[0]
+    positions: str = "reordered"
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
