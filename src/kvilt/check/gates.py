@@ -6,8 +6,9 @@ G5 a cache does not depend on where it stands          G6 the same document twic
 G7 zero hits and 100 % hits agree                      G8 the second request equals the first
 G9 the cached path = one dense pass under the plan's own mask
 
-Gates compare all computed tokens (G8, which generates, the first of the answer). G2 and G4 hold Kvilt to the model's own attention, untouched. What is allowed is a
-multiple of the model's own noise on this prompt, in its dtype (`proof`). Nothing is read from the user's store or written to it.
+Gates compare all computed tokens (G8, which generates, the first of the answer). G2 and G4 hold Kvilt to the model's own
+attention, untouched. What is allowed is a multiple of the model's own noise on this prompt, in its dtype (`proof`). Nothing is
+read from the user's store or written to it.
 """
 
 from __future__ import annotations
