@@ -98,7 +98,7 @@ def test_everything_is_full_prefill_and_nothing_is_block(method: str, full: Tens
     assert nothing.usage.charged == block.usage.charged  # nothing was looked at
 
 
-@pytest.mark.parametrize("compress", ["int4", "int8", "keydiff:keep=0.3", "random:keep=0.5+fp8"])
+@pytest.mark.parametrize("compress", ["int4", "keydiff:keep=0.3", "random:keep=0.5+fp8"])
 @pytest.mark.parametrize("method", ["cacheblend", "random:sink=none", "infoflow:reorder=true"])
 def test_everything_is_full_prefill_over_lossy_caches_too(method: str, compress: str, full: Tensor) -> None:
     """Danger: a document that was encoded behind the system part is taken for exact, whatever it lost since."""
