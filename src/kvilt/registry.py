@@ -1,8 +1,8 @@
 """One lazy table: name -> "module:Class", and the specifications that name and configure them: "kvlink:links=5".
 
-A specification is a name, or name:option=value,option=value. A value that holds a comma or a | stands in single or double
-quotation marks, and a quotation mark inside is written twice: disk:path='/data/a,b'. All other characters, brackets too,
-stand for themselves. Stores behind one another are joined by |: tiered:memory:budget=2GB|disk:path=caches."""
+A specification is a name, or name:option=value,option=value. A value that holds a comma, a | or a + stands in single or
+double quotation marks, and a quotation mark inside is written twice: disk:path='/data/a,b'. All other characters, brackets
+too, stand for themselves. Stores behind one another are joined by |: tiered:memory:budget=2GB|disk:path=caches."""
 
 from __future__ import annotations
 

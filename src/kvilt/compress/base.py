@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -58,7 +57,7 @@ class Compression:
         if isinstance(spec, Compression):
             return spec
         found: dict[str, object] = {}
-        for part in filter(None, re.split(r"\+(?=[a-z]\w*(?:[:+]|$))", spec)):
+        for part in registry.split(spec, "+") if spec else ():
             made = registry.build("compress", part)
             kind = str(getattr(made, "kind", ""))
             if kind not in KINDS or kind in found:
