@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -278,3 +279,25 @@ def test_the_budget_holds_for_four_writers_whose_folder_is_deleted(tmp_path: Pat
     assert store.stats().bytes == held
     assert list(root.rglob("*.tmp")) == []
     store.close()
+
+
+def test_a_passing_trouble_with_the_catalogue_passes(disk: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger D3: one moment without free descriptors, and a process keeps a catalogue of its own for good."""
+    disk.put(make_cache(1))
+    disk.close()
+    real = sqlite3.connect
+
+    def fail(*_: object, **__: object) -> None:
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sqlite3, "connect", lambda name, **k: fail() if name != ":memory:" else real(name, **k))
+        assert disk.stats().entries == 1
+        assert disk.put(make_cache(2))
+    disk.last._retry = 0.0
+    assert disk.stats().entries == 1  # the file does not know what was entered in memory, until the next gc
+    assert stored(disk, [1, 2]) == {1, 2}
+    disk.gc()
+    assert disk.stats().entries == 2

@@ -38,11 +38,11 @@ Blobs: TypeAlias = "list[Blob | None]"
 class MemoryBlob:
     """Bytes in memory, in one piece or several."""
 
-    def __init__(self, data: Sequence[memoryview]) -> None:
+    def __init__(self, data: Sequence[memoryview], identity: Hashable = None) -> None:
         starts = itertools.accumulate(map(len, data), initial=0)
         self._pieces = [(start, piece) for start, piece in zip(starts, data, strict=False) if len(piece)]
         self.size = sum(map(len, data))
-        self.identity = object()
+        self.identity = object() if identity is None else identity
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
         """Copy from `offset` on into all of `into`."""

@@ -25,6 +25,7 @@ from kvilt.errors import StoreUnavailable
 T = TypeVar("T")
 log = logging.getLogger("kvilt")
 
+RETRY = 600.0  # seconds after which a file that could not be used is tried again
 MOMENT = 0.2  # seconds that reading waits for other processes
 _NAMES = "", "-writing", "-journal"
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -43,6 +44,7 @@ class Database(ABC):
         self._db: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None  # device and inode of what is open; None: memory
         self._mark: str | None = None  # the name of a file that is there while the database is written; None: memory
+        self._retry = 0.0
         self._stuck = False
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -138,8 +140,9 @@ class Database(ABC):
                     _version(db)  # lets go of the lock
 
     def _connection(self) -> sqlite3.Connection:
-        if self.path is not None and self._file is not None and self._file != _inode(self.path):
-            self.disconnect()  # it was deleted
+        deleted = self.path is not None and self._file is not None and self._file != _inode(self.path)
+        if deleted or (self.path is not None and self._file is None and time.monotonic() > self._retry):
+            self.disconnect()
         self._db = self._db or self._open()
         return self._db
 
@@ -158,7 +161,7 @@ class Database(ABC):
                 if _code(error) in _BUSY | _DAMAGE:
                     raise
                 log.info("the catalogue %s cannot be used (%s); this process keeps one in memory", self.path, error)
-        self._file = self._mark = None
+        self._file, self._mark, self._retry = None, None, time.monotonic() + RETRY
         return self._ready(":memory:")
 
     def _ready(self, name: str) -> sqlite3.Connection:

@@ -48,6 +48,12 @@ def _record(uses: deque[Use], catalogues: Sequence[Catalogue], patience: float |
         uses.extendleft(reversed(noted))
 
 
+def _leave(uses: deque[Use], catalogues: Sequence[Catalogue]) -> None:
+    _record(uses, catalogues, 0.0)
+    for catalogue in catalogues:
+        catalogue.disconnect()
+
+
 class Opened(NamedTuple):
     """What is remembered of a blob that was opened."""
 
@@ -71,7 +77,7 @@ class Store:
         self._pid = os.getpid()
         for catalogue in catalogues:
             catalogue.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
-        weakref.finalize(self, _record, self._uses, catalogues, 0.0)  # also where a store is never closed
+        weakref.finalize(self, _leave, self._uses, catalogues)  # also where a store is never closed
 
     def get(self, key: CacheKey) -> DocumentCache | None:
         """The stored cache, or None."""
