@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from kvilt import registry
 from kvilt.cli import FAILED, bench, cache, evaluate, talk, train
-from kvilt.cli.options import Answering, Loaded, Output, Run, verb
+from kvilt.cli.options import Answering, Loaded, Output, Run, Stored, verb
 from kvilt.cli.several import Several
 
 app = typer.Typer(
@@ -56,6 +57,14 @@ ForModel = Annotated[
 DemoModel = Annotated[str, Option("--model", "-m", help="Model to show; wrappers and checkpoints ship for builtin.")]
 Asked = Annotated[int, Option("--questions", "-n", min=1, help="Questions to ask.")]
 Picture = Annotated[Path, Option("--out", help="Where the plot goes.")]
+Server = Annotated[str | None, Option("--vllm", metavar="URL", help="Examine a vLLM server instead.")]
+ServedModel = Annotated[str, Argument(metavar="MODEL", help="Folder or hub name, as for vllm serve.")]
+Rest = Annotated[list[str] | None, Argument(metavar="[OPTIONS OF vllm serve...]", help="For example --port 8001.")]
+ServedBy = Annotated[str, Option("--strategy", "-s", help="As for encode.")]
+Smaller = Annotated[str, Option("--compress", metavar="SPEC", help="As for encode.")]
+Told = Annotated[str, Option("--system", help="System text of chats that bring none.")]
+EncodeMissing = Annotated[bool, Option("--encode", help="Encode documents that are missing, in the background.")]
+PrintOnly = Annotated[bool, Option("--print", help="Print the command instead of running it.")]
 Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
 
 
@@ -91,11 +100,29 @@ def verify(options: Run, docs: SomeDocs = None, question: Ask = None, limit: Lim
 
 
 @verb(app)
-def doctor(options: Run, docs: SomeDocs = None) -> int:
+def doctor(options: Run, docs: SomeDocs = None, vllm: Server = None) -> int:
     """Find out why documents are not reused, and what to do about it. Without a model only the store is examined."""
     from kvilt.cli import check
 
-    return 0 if check.diagnose(options, docs or []) else FAILED
+    return 0 if check.diagnose(options, docs or [], vllm) else FAILED
+
+
+@verb(app, context_settings={"ignore_unknown_options": True})
+def vllm(
+    options: Stored,
+    model: ServedModel,
+    rest: Rest = None,
+    strategy: ServedBy = registry.DEFAULT,
+    compress: Smaller = "",
+    system: Told = "",
+    encode_missing: EncodeMissing = False,
+    print_only: PrintOnly = False,
+) -> int:
+    """Serve documents in any order with vLLM. Options that Kvilt does not know go to `vllm serve`."""
+    from kvilt.cli import work
+
+    wanted = {"strategy": strategy, "compress": compress, "system": system, "encode": encode_missing}
+    return work.serve(options, model, rest or [], wanted, print_only)
 
 
 @verb(app, "list")

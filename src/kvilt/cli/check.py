@@ -9,9 +9,11 @@ from kvilt.check import comparison, gates
 from kvilt.check.comparison import Closeness
 from kvilt.check.doctor import Diagnosis, Finding, examine_documents, examine_store
 from kvilt.check.gates import GateResult
+from kvilt.check.server import examine_server
 from kvilt.cli import show, talk
 from kvilt.cli.options import Run
 from kvilt.errors import StoreUnavailable, UserError, WrapperError
+from kvilt.types import Document
 
 WIDEST = 60  # characters of an answer
 
@@ -68,11 +70,22 @@ def _figures(row: Closeness) -> tuple[str, ...]:
     return *shares, f"{row.kl:.1e}", f"{row.charged:.1%}", row.text[:WIDEST]
 
 
-def diagnose(options: Run, paths: Sequence[str]) -> bool:
-    """Say what stands in the way of reuse, in the store and for these documents; whether nothing does."""
-    if paths and not options.model:
+def diagnose(options: Run, paths: Sequence[str], url: str | None = None) -> bool:
+    """Say what stands in the way of reuse, in the store or server and for these documents; whether nothing does."""
+    if paths and not options.model and url is None:
         raise UserError("documents are looked up for a model: give --model too.")
     documents = options.read(paths)
+    made = examine_server(url, documents, options.system, options.namespace) if url else _examined(options, documents)
+    data = {
+        "healthy": made.healthy,
+        "findings": [asdict(f) for f in made.findings],
+        "documents": [asdict(v) for v in made.verdicts],
+    }
+    show.out(options.json, data, show.diagnosis(made))
+    return made.healthy
+
+
+def _examined(options: Run, documents: Sequence[Document]) -> Diagnosis:
     try:
         made = Diagnosis(examine_store(options.open_store()))
         if options.model:
@@ -82,10 +95,4 @@ def diagnose(options: Run, paths: Sequence[str]) -> bool:
     except WrapperError as error:
         fix = f"Correct the wrapper in --strategy {options.strategy}."
         made += Diagnosis([Finding("problem", str(error), fix)])
-    data = {
-        "healthy": made.healthy,
-        "findings": [asdict(f) for f in made.findings],
-        "documents": [asdict(v) for v in made.verdicts],
-    }
-    show.out(options.json, data, show.diagnosis(made))
-    return made.healthy
+    return made

@@ -8,9 +8,10 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvilt.cli import USER, show, talk
-from kvilt.cli.options import Answering, Run, utf8
+from kvilt.cli.options import Answering, Run, Stored, utf8
 from kvilt.engine.encoder import Encoder, Progress
 from kvilt.engine.engine import Engine
 from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
@@ -156,3 +157,17 @@ def _write_logits(answer: Answer, path: Path) -> None:
             temporary.write_bytes(save({"logits": answer.logits.contiguous()}))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def serve(options: Stored, model: str, rest: Sequence[str], wanted: dict[str, Any], print_only: bool) -> int:
+    """Print the `vllm serve` line for a checkpoint, and become it."""
+    from kvilt.integrations.vllm import launch
+    from kvilt.integrations.vllm.deployment import Settings
+
+    own = {"namespace": options.namespace} if options.namespace else {}
+    line, environment = launch.command(model, Settings(store=options.store, **own, **wanted), rest)
+    show.out(options.json, {"command": line, "environment": environment}, [launch.shown(line, environment)])
+    sys.stdout.flush()
+    if not print_only:
+        launch.run(line, environment)
+    return 0

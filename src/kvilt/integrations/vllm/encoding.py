@@ -108,8 +108,8 @@ def work(source: str, settings: Settings, lines: Iterable[str], answers: IO[str]
     """The child's end: a line of jobs in, a line of problems out, until the input ends."""
     from kvilt.engine.engine import Engine
 
-    options = {"compress": settings.compress, "system": settings.system or None, "namespace": settings.namespace}
-    base = Engine.load(source, settings.strategy, settings.store, **options)
+    s, compress = settings, settings.compress
+    base = Engine.load(source, s.strategy, s.store, system=s.system or None, namespace=s.namespace, compress=compress)
 
     @functools.lru_cache(maxsize=16)
     def engine(system: str | None, namespace: str) -> Engine:
@@ -120,7 +120,7 @@ def work(source: str, settings: Settings, lines: Iterable[str], answers: IO[str]
         groups: dict[tuple[str | None, str], list[Any]] = defaultdict(list)
         for job in json.loads(line):
             groups[job["system"], job["namespace"]].append(job["document"])
-        problems = []
+        problems: list[str] = []
         for place, documents in groups.items():
             try:
                 problems += engine(*place).encode(documents, keep_going=True).failed

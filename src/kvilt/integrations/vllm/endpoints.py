@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -26,6 +27,7 @@ from kvilt.integrations.vllm.prompts import Prompts, Unknown, Wanted, is_digest
 
 LISTED = 1000  # documents in one answer of GET /v1/documents
 NAMESPACE = "x-kvilt-namespace"  # header of /v1/documents; chats name theirs by `cache_salt`
+ENCODE = "x-kvilt-encode"  # header of chats: "no" leaves missing documents alone
 
 router = APIRouter()
 
@@ -33,7 +35,7 @@ router = APIRouter()
 class DocumentChat(ChatCompletionRequest):
     """A chat whose documents may be texts, {"text", "title", "id"}, or {"id"} of a stored one."""
 
-    documents: list[str | dict[str, Any]] | None = None  # type: ignore[assignment]
+    documents: list[str | dict[str, Any]] | None = None
 
 
 class Documents:
@@ -61,7 +63,7 @@ async def create_chat(request: DocumentChat, raw_request: Request) -> Any:
     kvilt: Documents = raw_request.app.state.kvilt
     if request.documents is not None:
         try:
-            await _lay(kvilt, request)
+            await _lay(kvilt, request, raw_request.headers.get(ENCODE) != "no")
         except Unknown as unknown:
             return _unknown(unknown)
         except (UserError, StoreError) as error:
@@ -69,8 +71,8 @@ async def create_chat(request: DocumentChat, raw_request: Request) -> Any:
     return await chat_routes.create_chat_completion(request, raw_request)
 
 
-async def _lay(kvilt: Documents, request: DocumentChat) -> None:
-    """Replace a chat's documents by token ids and the places where they stand."""
+async def _lay(kvilt: Documents, request: DocumentChat, encode: bool) -> None:
+    """Replace a chat's documents by token ids and the places where they stand; missing ones are encoded meanwhile."""
     if request.tools:
         raise UserError("documents and tools in one request are not served: call the tools without documents.")
     namespace = request.cache_salt or kvilt.deployment.settings.namespace
@@ -79,7 +81,7 @@ async def _lay(kvilt: Documents, request: DocumentChat) -> None:
     parameters = {"prompt_token_ids": asked.ids, PARAMETER: {"documents": asked.places}}
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), **parameters}
     request.documents = None
-    if kvilt.background is not None:
+    if kvilt.background is not None and encode:
         kvilt.background.offer(await asyncio.to_thread(kvilt.missing, asked.wanted), asked.system)
 
 
@@ -94,26 +96,37 @@ async def add_documents(raw_request: Request) -> Response:
     """Encode documents in the background: {"documents": [...], "system": "..."}; their ids and whether they are stored."""
     kvilt: Documents = raw_request.app.state.kvilt
     try:
-        body = await raw_request.json()
-        values = body.get("documents") if isinstance(body, dict) else None
-        if not isinstance(values, list) or not isinstance(body.get("system"), str | None):
-            raise UserError('write {"documents": [{"text": "..."}], "system": "..."}; the system text may be left out.')
-        arguments = values, body.get("system"), kvilt.namespace(raw_request)
-        wanted = await asyncio.to_thread(kvilt.prompts.alone, *arguments)
+        values, system, namespace = await _body(kvilt, raw_request)
+        wanted = await asyncio.to_thread(kvilt.prompts.alone, values, system, namespace)
         missing = await asyncio.to_thread(kvilt.missing, wanted)
         if missing and kvilt.background is None:
             raise UserError("this server encodes nothing: run kvilt encode, or start it with --encode.")
         if kvilt.background is not None:
-            kvilt.background.add(missing, body.get("system"))
+            kvilt.background.add(missing, system)
     except QueueFull as full:
         return _json(429, str(full), headers={"retry-after": "5"})
-    except ValueError as error:
-        return _json(400, f"the body is not JSON: {error}")
     except (UserError, StoreError) as error:
         return _error(error)
     todo = {w.key.digest for w in missing}
     listed = [{**_document(w), "stored": w.key.digest not in todo} for w in wanted]
     return JSONResponse({"object": "list", "data": listed}, 202 if todo else 200)
+
+
+@router.post("/v1/documents/check")
+async def check_documents(raw_request: Request) -> Response:
+    """Whether documents are stored, and what is stored of the same text: for `kvilt doctor --vllm`."""
+    kvilt: Documents = raw_request.app.state.kvilt
+    try:
+        wanted = await asyncio.to_thread(kvilt.prompts.alone, *await _body(kvilt, raw_request))
+        missing = {w.key.digest for w in await asyncio.to_thread(kvilt.missing, wanted)}
+        entries = await asyncio.to_thread(kvilt.store.entries) if missing else []
+    except (UserError, StoreError) as error:
+        return _error(error)
+    listed = []
+    for w in wanted:
+        near = [e.fields for e in entries if e.fields.get("tokens") == w.key.tokens] if w.key.digest in missing else []
+        listed.append({**_document(w), "stored": w.key.digest not in missing, "fields": asdict(w.key), "near": near})
+    return JSONResponse({"strategy": kvilt.deployment.settings.strategy, "data": listed})
 
 
 @router.get("/v1/documents")
@@ -171,6 +184,18 @@ def _documents(settings: Settings, source: str, tokenizer: str) -> Documents:
     made = AutoTokenizer.from_pretrained(tokenizer)
     prompts = Prompts(Deployment(source, made, settings), made)
     return Documents(prompts, Background(source, settings) if settings.encode else None)
+
+
+async def _body(kvilt: Documents, request: Request) -> tuple[list[Any], str | None, str]:
+    """Documents, system text and namespace of a request. Raises UserError."""
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body is not JSON: {error}") from error
+    values, system = (body.get("documents"), body.get("system")) if isinstance(body, dict) else (None, None)
+    if not isinstance(values, list) or not isinstance(system, str | None):
+        raise UserError('write {"documents": [{"text": "..."}], "system": "..."}; the system text may be left out.')
+    return values, system, kvilt.namespace(request)
 
 
 def _refused(request: Any) -> Response | None:

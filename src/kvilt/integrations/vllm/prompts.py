@@ -124,7 +124,11 @@ def _said(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    parts = list(content) if isinstance(content, Iterable) else [None]
-    if not all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+    texts = (
+        [p.get("text") if isinstance(p, Mapping) else None for p in content]
+        if isinstance(content, Iterable)
+        else [None]
+    )
+    if not all(isinstance(text, str) for text in texts):
         raise PromptError("with documents, messages must be text.")
-    return "".join(p["text"] for p in parts)
+    return "".join(map(str, texts))

@@ -131,6 +131,10 @@ class Scheduling:
         why = self.notes.pop(request.request_id, "")
         if ticket is None:
             return {"reused_tokens": 0, "why": why} if why else None
+        if self.grants is None and ticket.placed.holes:
+            ticket.receipt["why"] = (
+                "vLLM runs without --scheduler-cls kvilt...KviltScheduler: nothing is reused after a hole"
+            )
         return {
             **ticket.receipt,
             "reused_tokens": ticket.loaded + ticket.local,
