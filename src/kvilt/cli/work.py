@@ -164,8 +164,8 @@ def serve(options: Stored, model: str, rest: Sequence[str], wanted: dict[str, An
     from kvilt.integrations.vllm import launch
     from kvilt.integrations.vllm.deployment import Settings
 
-    own = {"namespace": options.namespace} if options.namespace else {}
-    line, environment = launch.command(model, Settings(store=options.store, **own, **wanted), rest)
+    settings = Settings(store=options.store, namespace=options.namespace or Settings.namespace, **wanted)
+    line, environment = launch.command(model, settings, rest)
     show.out(options.json, {"command": line, "environment": environment}, [launch.shown(line, environment)])
     sys.stdout.flush()
     if not print_only:
