@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from kvilt import registry
 from kvilt.cli import FAILED, bench, cache, evaluate, talk, train
 from kvilt.cli.options import Answering, Loaded, Output, Run, Stored, verb
 from kvilt.cli.several import Several
+from kvilt.errors import MissingExtra
 
 app = typer.Typer(
     help="Encode every document once, alone, and reuse its KV cache in any prompt.",
@@ -147,5 +149,6 @@ def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 40, o
     heads = [story.COLUMNS[0], *(f"{column}>" for column in story.COLUMNS[1:])]
     lines = show.table(heads, map(story.cells, rows))
     show.out(options.json, [dataclasses.asdict(row) for row in rows], [f"{questions} questions", *lines])
-    if story.plot(rows, out):
+    with contextlib.suppress(MissingExtra):
+        story.plot(rows, out)
         talk.say(f"plot: {out}")

@@ -8,10 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import cast
 
 from kvilt import builtin
 from kvilt.engine.engine import Engine
+from kvilt.lab import pages
 from kvilt.lab.evaluate.metrics import normalise
 from kvilt.lab.evaluate.tasks.base import Sample, Task
 from kvilt.registry import build
@@ -105,20 +106,11 @@ def cells(row: Row) -> list[str]:
     return [row.strategy, *shares, *tokens, f"{1000 * row.ttft_s:.1f}", f"{row.bytes_loaded / 1e3:.0f}"]
 
 
-def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Answers right over charged compute; False where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Answers right over charged compute. Raises MissingExtra without matplotlib."""
+    figure, axes = pages.figure(7, 4.5)
     for row in rows:
         axes.plot([100 * row.charged], [100 * row.right], "o", label=row.strategy)
     axes.set(xlabel="charged compute, % of full recompute", ylabel="answers right, %", xlim=(0, 105), ylim=(0, 105))
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    return True
+    pages.save(figure, path)

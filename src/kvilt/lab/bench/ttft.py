@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from kvilt.engine.engine import Engine
-from kvilt.errors import MissingExtra, UserError
+from kvilt.errors import UserError
 from kvilt.lab.bench.subject import DOCUMENT_TOKENS, Subject
 from kvilt.lab.bench.timing import seconds, summary, take_turns
+from kvilt.lab.pages import figure, markdown, save
 from kvilt.model.model import Model
 from kvilt.plan import Plan
 from kvilt.registry import build
@@ -157,31 +158,23 @@ def _readinto(files: Sequence[Path]) -> float:
 def table(result: dict[str, Any]) -> str:
     """Markdown: one row per context and strategy."""
     heads = ("context", "strategy", "runs", "TTFT s", "of full", "floor s", "TTFT / floor", "computed", "MB loaded")
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for point in result["points"]:
-        lines += [_line(point["context"], name, row) for name, row in point["rows"].items()]
-    return "\n".join(lines)
+    lines = [(point["context"], name, row) for point in result["points"] for name, row in point["rows"].items()]
+    return markdown(heads, [_cells(*line) for line in lines])
 
 
-def _line(context: int, name: str, row: dict[str, Any]) -> str:
-    share, taken = f"{100 * row['of_full']:.2f} %" if "of_full" in row else "", row["ttft_s"]
-    head = f"| {context} | {name.split(':wrapper')[0]} | {taken['n']} | {taken['median']:.3f} | {share} |"
+def _cells(context: int, name: str, row: dict[str, Any]) -> list[str]:
+    taken, share = row["ttft_s"], f"{100 * row['of_full']:.2f} %" if "of_full" in row else ""
+    head = [str(context), name.split(":wrapper")[0], str(taken["n"]), f"{taken['median']:.3f}", share]
     if "floor_s" not in row:
-        return f"{head} | | | |"
-    costs = f"{row['floor_s']:.3f} | {row['of_floor']:.2f} | {row['computed_tokens']} | {row['bytes'] / 1e6:.0f}"
-    return f"{head} {costs} |"
+        return [*head, "", "", "", ""]
+    return [
+        *head, f"{row['floor_s']:.3f}", f"{row['of_floor']:.2f}", str(row["computed_tokens"]), f"{row['bytes'] / 1e6:.0f}"
+    ]  # fmt: skip
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """TTFT over context length, logarithmic, beside full prefill and the floor. Raises MissingExtra without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "plot") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn in memory: no window, no global state
-    axes: Any = figure.subplots()
+    drawn, axes = figure(7, 4.5)
     for name in dict.fromkeys(name for p in result["points"] for name in p["rows"]):
         here = [(p["context"], p["rows"][name]) for p in result["points"] if name in p["rows"]]
         contexts, rows = [c for c, _ in here], [row for _, row in here]
@@ -190,6 +183,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.plot(contexts, [r["floor_s"] for r in rows], ":", color=line[0].get_color())
     axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")
     axes.set_title(f"{result['shape']}, {result['dtype']}, {result['device']} (dotted: floor)")
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(drawn, path)

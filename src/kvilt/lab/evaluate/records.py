@@ -22,12 +22,12 @@ class RecordFile:
         self.path = path
         self.header = {"format": FORMAT, **header}
         self.done: dict[str, dict[str, Any]] = {}
-        if path.exists() and path.stat().st_size:
+        if path.exists():
             _drop_torn_line(path)
         fresh = not path.exists() or not path.stat().st_size
         if not fresh:
-            found, records = read(path)
-            self._compare(found)
+            header_there, records = read(path)
+            self._compare(header_there)
             self.done = {record["id"]: record for record in records}
         self._stream = path.open("a", encoding="utf-8")
         if fresh:
@@ -49,13 +49,10 @@ class RecordFile:
         """Close the file."""
         self._stream.close()
 
-    def _compare(self, found: dict[str, Any]) -> None:
+    def _compare(self, there: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.header))
-        changed = [
-            f"{key} was {found.get(key)!r}, is {mine.get(key)!r}"
-            for key in sorted({*found, *mine} - set(_FREE))
-            if found.get(key) != mine.get(key)
-        ]
+        keys = [key for key in sorted({*there, *mine} - set(_FREE)) if there.get(key) != mine.get(key)]
+        changed = [f"{key} was {there.get(key)!r}, is {mine.get(key)!r}" for key in keys]
         if changed:
             raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. {_REMEDY}")
 
@@ -72,9 +69,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines = enumerate(text_lines(path), 1)
     rows = [json_object(line, f"{path}:{number}") for number, line in lines if line.endswith("\n")]
     if not rows or rows[0].get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no record file of this version: its first line must be a header with format {FORMAT}."
-        )
+        raise UserError(f"{path} is no record file of this version: its first line must be a header, format {FORMAT}.")
     return rows[0], rows[1:]
 
 

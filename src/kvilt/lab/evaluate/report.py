@@ -13,25 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvilt.errors import MissingExtra, UserError
+from kvilt.errors import UserError
 from kvilt.lab.evaluate.bootstrap import Interval, difference, interval
 from kvilt.lab.evaluate.metrics import Pair
 from kvilt.lab.evaluate.records import read, slug
+from kvilt.lab.pages import figure, markdown, save
 
 _ORDER = {"full": 0, "strategy": 1, "floor": 2}
-_COLUMNS = (
-    "strategy",
-    "{metric} [95 %]",
-    "− full [95 %]",
-    "kept %",
-    "agreement %",
-    "first token %",
-    "KL",
-    "charged",
-    "TTFT ms",
-    "kB read",
-    "n",
-)
+_COLUMNS = "strategy|{metric} [95 %]|− full [95 %]|kept %|agreement %|first token %|KL|charged|TTFT ms|kB read|n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +58,10 @@ class Rows:
         return Rows(self.header, [r for r in self.records if r["metadata"].get(key) == value])
 
     def _values(self, *path: str) -> list[float]:
-        found: list[Any] = list(self.records)
+        values: list[Any] = list(self.records)
         for name in path:
-            found = [value[name] for value in found]
-        return [float(value) for value in found if value is not None]
+            values = [value[name] for value in values]
+        return [float(value) for value in values if value is not None]
 
 
 def load(out_dir: str | Path) -> dict[str, list[Rows]]:
@@ -80,14 +69,14 @@ def load(out_dir: str | Path) -> dict[str, list[Rows]]:
     place = Path(out_dir)
     if not place.is_dir():
         raise UserError(f"{place} is no folder: give the one that `kvilt evaluate` wrote to.")
-    found: dict[str, list[Rows]] = {}
+    tasks: dict[str, list[Rows]] = {}
     for file in sorted(place.glob("*.jsonl")):
         header, records = read(file)
         if records:
-            found.setdefault(f"{header['label']} (v{header['version']})", []).append(Rows(header, records))
-    if not found:
+            tasks.setdefault(f"{header['label']} (v{header['version']})", []).append(Rows(header, records))
+    if not tasks:
         raise UserError(f"{place} holds no records (*.jsonl with at least one sample): run `kvilt evaluate` first.")
-    return {task: sorted(rows, key=_place) for task, rows in found.items()}
+    return {task: sorted(rows, key=_place) for task, rows in tasks.items()}
 
 
 def _place(rows: Rows) -> tuple[int, float, str]:
@@ -112,32 +101,24 @@ def _check_key(by: str, records: Sequence[dict[str, Any]]) -> None:
 
 def _section(task: str, rows: Sequence[Rows], by: str | None) -> str:
     full = next((r for r in rows if r.header["role"] == "full"), None)
-    metric = rows[0].headline
-    head = [column.format(metric=metric) for column in _COLUMNS]
-    parts = [f"## {task}", _table(head, [_cells(r, full) for r in rows])]
+    head = _COLUMNS.format(metric=rows[0].headline).split("|")
+    parts = [f"## {task}", markdown(head, [_cells(r, full) for r in rows])]
     others = rows[0].header["metrics"][1:]
     if others:
         cells = [[r.header["name"], *(_scored(r.score(m)) for m in others)] for r in rows]
-        parts.append(_table(["strategy", *(f"{m} [95 %]" for m in others)], cells))
+        parts.append(markdown(["strategy", *(f"{m} [95 %]" for m in others)], cells))
     parts += [_split_table(rows, by)] if by and any(by in r["metadata"] for r in rows[0].records) else []
     return "\n\n".join([*parts, _making(rows)])
 
 
 def _cells(rows: Rows, full: Rows | None) -> list[str]:
     pair = None if full is None or rows is full else common(rows, full)
-    return [
-        rows.header["name"],
-        _scored(rows.score()),
-        _against(*pair) if pair else "",
-        _number(retention(*pair), 1) if pair else "",
-        _number(_times(rows.mean("agreement"), 100), 1),
-        _number(_times(rows.mean("first_token"), 100), 1),
-        _number(rows.mean("kl"), 4),
-        _number(rows.mean("usage", "charged"), 3),
-        _number(_times(rows.median("usage", "ttft_s"), 1000), 1),
-        _number(_times(rows.median("usage", "bytes_loaded"), 1e-3), 0),
-        str(len(rows.records)),
-    ]
+    compared = [_against(*pair), _number(retention(*pair), 1)] if pair else ["", ""]
+    fidelity = [rows.mean("agreement"), rows.mean("first_token"), rows.mean("kl")]
+    costs = [rows.mean("usage", "charged"), rows.median("usage", "ttft_s"), rows.median("usage", "bytes_loaded")]
+    scales = ((100, 1), (100, 1), (1, 4), (1, 3), (1000, 1), (1e-3, 0))
+    figures = [_number(v, digits, factor) for v, (factor, digits) in zip((*fidelity, *costs), scales, strict=True)]
+    return [rows.header["name"], _scored(rows.score()), *compared, *figures, str(len(rows.records))]
 
 
 def common(rows: Rows, full: Rows) -> tuple[Rows, Rows] | None:
@@ -162,13 +143,13 @@ def retention(mine: Rows, theirs: Rows) -> float | None:
 
 
 def _split_table(rows: Sequence[Rows], by: str) -> str:
-    found = {str(r["metadata"][by]): r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}
-    values = sorted(found.values(), key=_sortable)
+    told = {str(r["metadata"][by]): r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}
+    values = sorted(told.values(), key=_sortable)
     cells = []
     for row in rows:
         parts = [row.where(by, value) for value in values]
         cells.append([row.header["name"], *(_scored(part.score()) if part.records else "" for part in parts)])
-    return _table([f"{rows[0].headline} by {by}", *map(str, values)], cells)
+    return markdown([f"{rows[0].headline} by {by}", *map(str, values)], cells)
 
 
 def _sortable(value: object) -> tuple[bool, float, str]:
@@ -187,46 +168,29 @@ def _making(rows: Sequence[Rows]) -> str:
     return f"{made}; {options}. Differences are paired; intervals are bootstrap.\n\n{strategies}"
 
 
-def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _percent(share: Interval) -> Interval:
+    return Interval(*(100 * value for value in share))
 
 
-def _percent(found: Interval) -> Interval:
-    return Interval(*(100 * value for value in found))
+def _scored(score: Interval) -> str:
+    return f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
 
 
-def _scored(found: Interval) -> str:
-    return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "" if value is None else f"{factor * value:.{digits}f}"
 
 
 def plot(out_dir: str | Path) -> list[Path]:
     """Quality over charged compute and over TTFT, one PNG a task. Raises MissingExtra without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("matplotlib", "plot") from None
     paths = []
     for task, rows in load(out_dir).items():
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        FigureCanvasAgg(figure)  # drawn in memory: no window, no global state
-        figure.suptitle(task)
-        left, right = figure.subplots(1, 2, sharey=True)
+        drawn, (left, right) = figure(11, 4.5, columns=2)
+        drawn.suptitle(task)
         _draw(left, rows, [r.mean("usage", "charged") or 0.0 for r in rows], "charged compute (full recompute = 1)")
         _draw(right, rows, [1000 * (r.median("usage", "ttft_s") or 0.0) for r in rows], "TTFT, median (ms)")
         left.set_ylabel(f"{rows[0].headline} (%)")
         right.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-        paths.append(Path(out_dir) / f"{slug(task)}.png")
-        figure.savefig(paths[-1], dpi=150)
+        paths.append(save(drawn, Path(out_dir) / f"{slug(task)}.png"))
     return paths
 
 
@@ -237,4 +201,3 @@ def _draw(axes: Any, rows: Sequence[Rows], places: Sequence[float], label: str) 
         axes.errorbar([x], [value], yerr=errors, fmt="o", capsize=3, label=row.header["name"])
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)

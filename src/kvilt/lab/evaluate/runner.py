@@ -42,18 +42,10 @@ class Lane:
 
 
 def run(
-    engine: Engine,
-    strategies: Sequence[Any],
-    task_spec: str | Task,
-    out_dir: str | Path,
-    limit: int | None = None,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    shuffle: bool = False,
-    first: bool = False,
-    compressions: Sequence[str] = (),
-) -> list[Path]:
+    engine: Engine, strategies: Sequence[Any], task_spec: str | Task, out_dir: str | Path, limit: int | None = None,
+    seed: int = 0, on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *, shuffle: bool = False, first: bool = False, compressions: Sequence[str] = (),
+) -> list[Path]:  # fmt: skip
     """Answer `limit` samples (all if None) with every strategy; returns the record files.
 
     The samples are a draw by `seed`, in which a smaller limit is a part of a larger one, or with `first` the first of
@@ -106,10 +98,9 @@ def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]
     chosen = {_row_key(full): ("full", "full", full), ("floor",): ("floor", "no documents", full)}
     for strategy in strategies:
         for compress in compressions:
-            label = strategy if isinstance(strategy, str) else str(strategy)
             other = engine.with_strategy(strategy, compress)
-            smaller = str(compress)
-            chosen.setdefault(_row_key(other), ("strategy", f"{label} + {smaller}" if smaller else label, other))
+            label = f"{strategy} + {compress}" if str(compress) else str(strategy)
+            chosen.setdefault(_row_key(other), ("strategy", label, other))
     return list(chosen.values())
 
 
@@ -118,24 +109,14 @@ def _row_key(engine: Engine) -> tuple[str, ...]:
 
 
 def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]:
+    """Every setting that shapes the records; a retrained wrapper changes `encoding`."""
     options = {key: value for key, value in task.options.items() if key != "path"}
-    return {
-        "task": task.NAME,
-        "label": task.label,
-        "version": task.VERSION,
-        "options": options,
-        "path": task.options.get("path"),
-        "metrics": list(task.metrics),
-        "max_new_tokens": task.max_new_tokens,
-        "role": role,
-        "name": label,
-        "strategy": str(engine.strategy),
-        "encoding": engine.encoder.encoding.digest,  # learned vectors included: a retrained wrapper is another one
-        "model": engine.info.digest,
-        "system": digest_of(str(engine.info.system))[:16],
-        "kvilt": getattr(kvilt, "__version__", "unknown"),
-        **({"compression": str(engine.compression)} if str(engine.compression) else {}),
-    }
+    asked = {"task": task.NAME, "label": task.label, "version": task.VERSION, "options": options}
+    scored = {"metrics": list(task.metrics), "max_new_tokens": task.max_new_tokens, "path": task.options.get("path")}
+    ran = {"role": role, "name": label, "strategy": str(engine.strategy), "encoding": engine.encoder.encoding.digest}
+    model = {"model": engine.info.digest, "system": digest_of(str(engine.info.system))[:16], "kvilt": kvilt.__version__}
+    smaller = {"compression": str(engine.compression)} if str(engine.compression) else {}
+    return {**asked, **scored, **ran, **model, **smaller}
 
 
 def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]:
@@ -204,9 +185,7 @@ def _record(lane: Lane, sample: Sample, task: Task, answer: Answer) -> dict[str,
         "id": sample.id,
         "group": sample.group,
         "task": f"{task.NAME} v{task.VERSION}",
-        "strategy": header["strategy"],
-        "model": header["model"],
-        "seed": header["seed"],
+        **{name: header[name] for name in ("strategy", "model", "seed")},
         "text": answer.text,
         "tokens": list(answer.tokens),
         "answers": list(sample.answers),

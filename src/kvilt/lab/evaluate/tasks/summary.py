@@ -1,4 +1,4 @@
-"""Summaries in the manner of a few examples: what Multi-News and SAMSum share."""
+"""Summaries in the manner of a few examples: Multi-News and SAMSum (Gliwa et al. 2019), from JSON rows or the hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from kvilt.errors import DocumentError, UserError
 from kvilt.lab.evaluate.tasks.base import Sample, Task, require
 from kvilt.lab.evaluate.tasks.files import Row, hub_rows, rows
 from kvilt.types import Document
+
+BETWEEN = "|||||"  # articles of Multi-News
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,58 @@ class SummaryTask(Task):
 
     def _rule(self) -> str:
         return f"Summarise the {self.KIND.lower()} below in the manner of the examples above."
+
+
+@dataclass(frozen=True)
+class MultiNews(SummaryTask):
+    """Summaries of several articles on one event.
+
+    `mode` is "examples" (KVLink: two examples are the documents) or "articles" (the articles are the documents)."""
+
+    NAME: ClassVar[str] = "multinews"
+    ALIASES: ClassVar[tuple[str, ...]] = ("multi", "dev", "train", "test", "val")
+    HUB: ClassVar[tuple[str, str | None]] = ("alexfabbri/multi_news", None)
+    FIELDS: ClassVar[tuple[str, str]] = ("document", "summary")
+    KIND: ClassVar[str] = "Articles"
+
+    split: str = "dev"
+    answer_tokens: int = 300
+    mode: str = "examples"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mode in ("examples", "articles"), f"multinews: unknown mode {self.mode!r}: examples or articles.")
+
+    def _samples(self, split: str) -> Iterator[Sample]:
+        if self.mode == "examples":
+            yield from super()._samples(split)
+            return
+        for pair in self.pairs(split):
+            documents = tuple(Document(article) for article in pair.text.split("\n\n"))
+            yield Sample(pair.id, "Summarise the articles above in one text.", documents, (pair.summary,))
+
+    def clean(self, text: str) -> str:
+        """The articles, an empty line between them."""
+        articles = (" ".join(article.split()) for article in text.split(BETWEEN))
+        return "\n\n".join(article for article in articles if article)
+
+
+@dataclass(frozen=True)
+class SAMSum(SummaryTask):
+    """Summaries of chats, twenty examples in context."""
+
+    NAME: ClassVar[str] = "samsum"
+    ALIASES: ClassVar[tuple[str, ...]] = ("samsum", "dev", "train", "test", "val")
+    HUB: ClassVar[tuple[str, str | None]] = ("knkarthick/samsum", None)
+    FIELDS: ClassVar[tuple[str, str]] = ("dialogue", "summary")
+    KIND: ClassVar[str] = "Dialogue"
+
+    answer_tokens: int = 128
+    shots: int = 20
+
+    def clean(self, text: str) -> str:
+        """Plain line ends."""
+        return text.replace("\r\n", "\n").strip()
 
 
 def _text(row: Row, name: str, task: str) -> str:
