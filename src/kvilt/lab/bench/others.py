@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvilt.compress.base import Compression
-from kvilt.engine.encoder import Encoder
+from kvilt.engine.engine import Engine
 from kvilt.lab.bench.subject import DOCUMENT_TOKENS, Subject
 from kvilt.lab.bench.timing import seconds, summary, take_turns
 from kvilt.lab.bench.ttft import setting
 from kvilt.model import attention
 from kvilt.model.decoding import Settings, generate
 from kvilt.model.model import Model
-from kvilt.plan import Plan, Segment
+from kvilt.plan import Plan
 from kvilt.rows.rows import whole
 from kvilt.stores.disk import DiskStore
+from kvilt.strategies.block import BlockAttention
 from kvilt.types import Document, DocumentCache, Encoding
 
 
@@ -135,27 +135,23 @@ def compression(
     turns: dict[str, Callable[[], float]] = {}
     plain: list[DocumentCache] = []
     model = subject.model
-    for spec in ("", *(s for s in specs if s)):
-        store = DiskStore(str(folder))
-        encoder = Encoder(model, subject.text, store, Encoding(), compression=Compression.of(spec))
-        encoder.encode(documents)
-        items = encoder.items(documents)
-        there = encoder.obtain(items)
-        caches = [there[i.key.digest] for i in items]
+    for name in ("none", *(s for s in specs if s)):
+        store, spec = DiskStore(str(folder)), "" if name == "none" else name
+        engine = Engine(model, subject.text, BlockAttention(), store, compress=spec)
+        engine.encode(documents)
+        plan = engine.plan(subject.question, documents)
+        caches = [s.cache for s in plan.segments if s.cache is not None and s.name == "document"]
         plain = plain or caches
-        tokens, name = sum(c.length for c in plain), spec or "none"
         keys, values = _errors(caches, plain)
-        rows[name] = {
-            "bytes_per_token": sum(c.nbytes for c in caches) / tokens,
-            "keys_error": keys,
-            "values_error": values,
-        }
-        turns[name] = _placing(model, _plan(caches))
+        size = sum(c.nbytes for c in caches) / sum(c.length for c in plain)
+        rows[name] = {"bytes_per_token": size, "keys_error": keys, "values_error": values}
+        turns[name] = _placing(model, plan)
         store.close()
     times = take_turns(turns, repeats + 1)  # the first round warms up
     for name, row in rows.items():
         row["load_s"] = summary(times[name][1:])
         row["load_of_plain"] = row["load_s"]["median"] / summary(times["none"][1:])["median"]
+    tokens = sum(c.length for c in plain)
     return {"dtype": str(model.shape.dtype), "tokens": tokens, "documents": len(documents), "rows": rows}
 
 
@@ -176,14 +172,6 @@ def _errors(caches: Sequence[DocumentCache], plain: Sequence[DocumentCache]) -> 
 
 def _squares(rows: Tensor) -> Tensor:
     return rows.square().sum((0, 2, 3, 4))  # (2,): keys, values
-
-
-def _plan(caches: Sequence[DocumentCache]) -> Plan:
-    segments, at = [], 0
-    for cache in caches:
-        segments.append(Segment(cache.placed_tokens, at, cache))
-        at += cache.length
-    return Plan((*segments, Segment(torch.zeros(1, dtype=torch.long), at)), at + 1)
 
 
 def _placing(model: Model, plan: Plan) -> Callable[[], float]:

@@ -26,6 +26,7 @@ SCALES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 QUOTED = 8  # words of a document that a question of ours quotes
 FILLED = 0.5  # share of the context that a prompt's documents may take
 
+Pair = tuple[float, float]  # temperature and scale
 Ask = tuple[str, list[Document]]  # a question and the documents it is asked about
 
 
@@ -40,11 +41,9 @@ class Target:
 
 
 def calibrate(
-    engine: Engine,
-    prompts: Sequence[Ask],
-    tokens: int = 16,
+    engine: Engine, prompts: Sequence[Ask], tokens: int = 16,
     on_progress: Callable[[int, str], None] = lambda number, line: None,
-) -> ApeProfile:
+) -> ApeProfile:  # fmt: skip
     """Choose by mean KL to full recompute on every second prompt; the others must agree, and give the figures.
 
     The search starts at plain parallel encoding (1, 1) and stops where no neighbour in the grid is closer. Where the other
@@ -69,9 +68,7 @@ def calibrate(
     return ApeProfile(*best, engine.info.digest, reached, plain)
 
 
-def descend(
-    cost: Callable[[float, float], float], first: Sequence[float], second: Sequence[float]
-) -> tuple[float, float]:
+def descend(cost: Callable[[float, float], float], first: Sequence[float], second: Sequence[float]) -> Pair:
     """The pair of the grid that is better than its eight neighbours, found by steps to the best of them from (1, 1).
 
     The two act through their product, too: steps along one axis at a time would stop in the slanted valley."""
@@ -126,14 +123,9 @@ def made_up(engine: Engine, documents: Sequence[Document], count: int, group: in
 
 def _fitting(engine: Engine, documents: Sequence[Document], order: Sequence[int]) -> list[int]:
     """As many of the documents, in this order, as leave room for the question and the answer; one at least."""
-    room, taken = FILLED * engine.model.context_length, 0
-    used: list[int] = []
-    for i in order:
-        taken += len(engine.text.document_ids(documents[i]))
-        if used and taken > room:
-            break
-        used.append(i)
-    return used
+    room = FILLED * engine.model.context_length
+    sizes = itertools.accumulate(len(engine.text.document_ids(documents[i])) for i in order)
+    return [i for n, (i, taken) in enumerate(zip(order, sizes, strict=True)) if n == 0 or taken <= room]
 
 
 def lines(file: Path | None) -> list[str] | None:

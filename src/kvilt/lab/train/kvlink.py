@@ -13,9 +13,9 @@ import torch
 from kvilt.engine.text import TextFormat
 from kvilt.errors import TrainError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, schedule, sources_of
+from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, sources_of
 from kvilt.lab.train.dense import merged, parts_of, row_of
-from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings, pace
+from kvilt.lab.train.loop import Example, Loop, Report, Run, Settings
 from kvilt.lab.train.packet import TRAINING
 from kvilt.lab.train.tokens import link_tokens, start_links
 from kvilt.lab.train.trained import LowRank, Trained, Weights
@@ -128,7 +128,7 @@ def train_kvlink(
     checkpoint.claim(out / TRAINING, c, loaded.digest, *(s.digest for source in every for s in source.samples))
     half, ids = c.half(loaded.shape.device), sorted(tokens.every)
     trained = LowRank(loaded, c.lora, ids, half=half, seed=c.seed) if c.lora else Weights(loaded, half)
-    Loop(_run(trained, examples, out / TRAINING, on_progress)).train()
+    Loop(Run(c, trained, every, 1 << 30, examples, examples.size, out / TRAINING, on_progress)).train()
     if os.environ.get("RANK", "0") == "0":
         _write(trained, tokenizer, tokens, out)
     return out
@@ -159,17 +159,6 @@ def _examples(
         raise TrainError(f"max_tokens={longest} is more than the model's context holds ({model.context_length}).")
     formats = tuple(TextFormat.of(tokenizer, system) for system in (c.systems or (None,)))
     return Examples(sources, strategy, formats, c, longest)
-
-
-def _run(trained: Trained, examples: Examples, folder: Path, report: Report) -> Run:
-    c, last = examples.config, len(examples.sources) - 1
-    picks = schedule(examples.sources[:-1], c.steps * c.batch, 1 << 30, c.seed)
-    tests = [Pick(last, i, 0) for i in range(len(examples.sources[-1].samples))]
-    run = Run(c, trained, picks, tests, examples, examples.size, folder, report)
-    step, typical = checkpoint.steps_done(folder), sorted(tests, key=examples.size)[len(tests) // 2]
-    left = run.seconds(step, pace(trained, examples(typical), examples.size(typical)))
-    report(Progress("train", step, c.steps, left))
-    return run
 
 
 def _write(trained: Trained, tokenizer: Any, tokens: LinkTokens, out: Path) -> None:

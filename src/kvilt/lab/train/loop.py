@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import distributed as dist
 from kvilt.errors import TrainError
 from kvilt.lab.train import checkpoint
 from kvilt.lab.train.checkpoint import CHECKPOINT, State
-from kvilt.lab.train.data import Pick
+from kvilt.lab.train.data import Pick, Source, schedule
 from kvilt.lab.train.dense import IGNORE, Row, collate
 from kvilt.lab.train.losses import Fidelity, TopK, fidelity, objective, tally
 from kvilt.lab.train.trained import Trained, optimizers, training
@@ -101,28 +102,41 @@ class Run:
 
     settings: Settings
     trained: Trained
-    picks: Sequence[Pick]  # batch after batch, in the order of their use
-    tests: Sequence[Pick]
+    sources: Sequence[Source]  # the last one is held out
+    views: int  # draws of every sample
     example: Callable[[Pick], Example]
     size: Callable[[Pick], int]  # passes are made of samples of like size
     folder: Path
     report: Report
 
-    def seconds(self, step: int, pace: float) -> float:
-        """What the steps from `step` on will take, held-out results included; `pace` is seconds per unit of size."""
-        c = self.settings
-        rounds = (c.steps - step) / c.evaluate_every + 1
-        measured = MEASURED * rounds * sum(map(self.size, self.tests))
-        return pace * (sum(map(self.size, self.picks[step * c.batch : c.steps * c.batch])) + measured)
+    @functools.cached_property
+    def picks(self) -> list[Pick]:
+        """Which sample is used when, batch after batch."""
+        return schedule(self.sources[:-1], self.settings.steps * self.settings.batch, self.views, self.settings.seed)
 
+    @functools.cached_property
+    def tests(self) -> list[Pick]:
+        """The held-out samples, by size."""
+        return sorted((Pick(len(self.sources) - 1, i, 0) for i in range(len(self.sources[-1].samples))), key=self.size)
 
-def pace(trained: Trained, example: Example, size: int) -> float:
-    """Seconds of learning from one unit of size, measured on one sample; nothing is learned."""
-    with training(trained):
+    def forward(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, TopK | None]:
+        """Logits (batch, answer, vocab), labels (batch, answer), and the teacher's distributions there."""
+        batch = collate([e.row for e in examples])
+        logits = self.trained.logits(batch)
+        tops = [e.teacher for e in examples if e.teacher is not None]
+        teacher = TopK.pad(tops, batch.keep).to(logits.device) if tops else None
+        return logits, batch.labels.to(logits.device), teacher
+
+    def left(self, step: int, trial: Example | None = None) -> float:
+        """About the seconds that the steps from `step` on will take, measured on one sample; nothing is learned."""
+        c, typical = self.settings, self.tests[len(self.tests) // 2]
         began = time.perf_counter()
-        batch = collate([example.row])
-        objective(trained.logits(batch), batch.labels.to(trained.model.shape.device), example.teacher).backward()  # type: ignore[no-untyped-call]
-        return (time.perf_counter() - began) / max(1, size)
+        with training(self.trained):
+            loss = objective(*self.forward([trial or self.example(typical)]))
+            loss.backward()  # type: ignore[no-untyped-call]
+        pace = (time.perf_counter() - began) / max(1, self.size(typical))
+        measured = ((c.steps - step) / c.evaluate_every + 1) * MEASURED * sum(map(self.size, self.tests))
+        return pace * (sum(map(self.size, self.picks[step * c.batch :])) + measured)
 
 
 class Loop:
@@ -144,7 +158,8 @@ class Loop:
         with training(self.run.trained, self.c.checkpointing):
             if (self.run.folder / CHECKPOINT).is_file():
                 self.state = checkpoint.load(self.run.folder, self.run.trained.parameters, self.optimizers)
-            else:
+            self._report(self.run.left(self.state.step))
+            if not self.state.held_out:
                 self._judge()
             first, began = self.state.step, time.monotonic()
             while not self._over():
@@ -165,13 +180,13 @@ class Loop:
         return state.step >= c.steps or state.step - state.best_step >= c.patience * c.evaluate_every
 
     def _step(self) -> None:
-        """One update from one batch, in passes over samples of like size."""
+        """One update from one batch."""
         c, state = self.c, self.state
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
         sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-        for group in self._groups(self.run.picks[state.step * c.batch : (state.step + 1) * c.batch]):
-            logits, labels, teacher = self._forward(group)
+        for examples in self._passes(self.run.picks[state.step * c.batch : (state.step + 1) * c.batch]):
+            logits, labels, teacher = self.run.forward(examples)
             loss = objective(logits, labels, teacher)
             (loss / c.batch).backward()  # type: ignore[no-untyped-call]
             sums += torch.tensor([float(loss.detach()), int((labels != IGNORE).sum())])
@@ -192,26 +207,18 @@ class Loop:
         state.losses.append(round(mean, 6))
         state.step += 1
 
-    def _groups(self, picks: Sequence[Pick]) -> list[list[Pick]]:
-        """This process's passes."""
+    def _passes(self, picks: Sequence[Pick]) -> Iterator[list[Example]]:
+        """This process's share, in passes over samples of like size."""
         ordered, size = sorted(picks, key=self.run.size), self.c.micro_batch
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)][self.rank :: self.count]
-
-    def _forward(self, group: Sequence[Pick]) -> tuple[Tensor, Tensor, TopK | None]:
-        """Logits (batch, answer, vocab), labels (batch, answer), and the teacher's distributions there."""
-        examples = [self.run.example(pick) for pick in group]
-        batch = collate([e.row for e in examples])
-        logits = self.run.trained.logits(batch)
-        tops = [e.teacher for e in examples if e.teacher is not None]
-        teacher = TopK.pad(tops, batch.keep).to(logits.device) if tops else None
-        return logits, batch.labels.to(logits.device), teacher
+        for first in range(self.rank * size, len(ordered), self.count * size):
+            yield [self.run.example(pick) for pick in ordered[first : first + size]]
 
     @torch.no_grad()
     def _judge(self) -> None:
         """Measure on the held-out samples, keep the best, and write a checkpoint."""
         sums = torch.zeros(5, dtype=torch.float64)
-        for group in self._groups(self.run.tests):
-            sums += tally(*self._forward(group))
+        for examples in self._passes(self.run.tests):
+            sums += tally(*self.run.forward(examples))
         added(sums)
         if not torch.isfinite(sums).all():
             before = f"{CHECKPOINT} holds an earlier step" if self.state.step else "check the model's weights and dtype"
@@ -226,12 +233,10 @@ class Loop:
             checkpoint.save(self.run.folder, self.state, self.run.trained.parameters, self.optimizers)
 
     def _report(self, left: float) -> None:
-        state = self.state
-        last = Progress(
-            "train", state.step, self.c.steps, left, state.losses[-1], state.held_out[-1][1], state.best_step
-        )
+        s, loss = self.state, self.state.losses[-1] if self.state.losses else math.nan
+        held_out = s.held_out[-1][1] if s.held_out else None
         if self.rank == 0:
-            self.run.report(last)
+            self.run.report(Progress("train", s.step, self.c.steps, left, loss, held_out, s.best_step))
 
 
 def joined() -> tuple[int, int]:

@@ -13,9 +13,9 @@ import torch
 from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError, WrapperError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, schedule, sources_of
+from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, sources_of
 from kvilt.lab.train.dense import Parts, parts_of, row_of
-from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings, pace
+from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings
 from kvilt.lab.train.questions import with_questions
 from kvilt.lab.train.teacher import Target, Teacher
 from kvilt.lab.train.trained import Vectors
@@ -90,33 +90,34 @@ def _run(
     engine: Engine, wrapper: Wrapper, sources: Sequence[Source], c: PacketConfig, folder: Path, report: Report
 ) -> Run:
     """The teacher's answers, and which sample is used when."""
-    picks = schedule(sources[:-1], c.steps * c.batch, c.views, c.seed)
-    tests = [Pick(len(sources) - 1, i, 0) for i in range(len(sources[-1].samples))]
-    prompts = {p: _draw(engine, sources, p, c) for p in dict.fromkeys((*tests, *picks))}
+    prompts, targets = dict[Pick, Parts](), dict[Pick, Target]()
     strategy, names = student(wrapper, c), ("header", "trailer", "links")
-    _check_lengths(engine, prompts.values(), strategy, c)
-    checkpoint.claim(folder, c, engine.model.digest, *(s.digest for source in sources for s in source.samples))
     parts = {n: v for n in names if (v := getattr(wrapper, n)) is not None}
     trained = Vectors(engine.model, parts, names[:2] if c.links_only else ())
-    targets: dict[Pick, Target] = {}
 
     def example(pick: Pick) -> Example:
         row = row_of(strategy, prompts[pick], targets[pick].answer)
         return Example(row, targets[pick].top() if c.loss == "kl" else None)
 
-    run = Run(c, trained, picks, tests, example, lambda pick: prompts[pick].size, folder, report)
-    typical = sorted(prompts.values(), key=lambda p: p.size)[len(prompts) // 2]
-    trial = Example(row_of(strategy, typical, torch.zeros(c.answer_tokens, dtype=torch.long)))
-    done, began = checkpoint.steps_done(folder), time.monotonic()
-    left = run.seconds(done, pace(trained, trial, typical.size))
+    def size(pick: Pick) -> int:
+        if pick not in prompts:
+            prompts[pick] = _draw(engine, sources, pick, c)
+        return prompts[pick].size
+
+    run = Run(c, trained, sources, c.views, example, size, folder, report)
+    every = dict.fromkeys(sorted((*run.tests, *run.picks), key=size))
+    _check_lengths(engine, prompts.values(), strategy, c)
+    checkpoint.claim(folder, c, engine.model.digest, *(s.digest for source in sources for s in source.samples))
+    middle = prompts[run.tests[len(run.tests) // 2]]
+    trial = Example(row_of(strategy, middle, torch.zeros(c.answer_tokens, dtype=torch.long)))
+    left, began = run.left(checkpoint.steps_done(folder), trial), time.monotonic()
 
     def asked(tokens: int, total: int) -> None:
         ahead = (time.monotonic() - began) / tokens * (total - tokens) if tokens else 0.0
         report(Progress("teacher", tokens, total, left + ahead))
 
     teacher = Teacher(engine.model, folder / "teacher", c.answer_tokens, c.top_k, c.answers == "teacher")
-    targets.update(zip(prompts, teacher.targets(list(prompts.values()), asked), strict=True))
-    report(Progress("train", done, c.steps, left))
+    targets.update(zip(every, teacher.targets([prompts[p] for p in every], asked), strict=True))
     return run
 
 

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import AddedToken
+
 from kvilt.errors import TrainError
 from kvilt.strategies.kvlink import DESCRIPTION, LLAMA3_VOCABULARY, LinkTokens
 
@@ -41,13 +44,9 @@ def start_links(hf: Any, tokenizer: Any, tokens: LinkTokens, words: Sequence[str
     """Let the link tokens of every slot start near the mean embeddings of these words, one after another.
 
     Raises TrainError for more words than link tokens, and for a word without tokens."""
-    import torch
-
-    weight = hf.get_input_embeddings().weight
-    if words and (not tokens.ids or len(words) > len(tokens.ids[0])):
-        raise TrainError(
-            f"init names {len(words)} words, a slot has {len(tokens.ids[0]) if tokens.ids else 0} link tokens."
-        )
+    weight, links = hf.get_input_embeddings().weight, len(tokens.ids[0]) if tokens.ids else 0
+    if len(words) > links:
+        raise TrainError(f"init names {len(words)} words, a slot has {links} link tokens.")
     noise = 0.1 * float(weight.detach().std())
     for k, word in enumerate(words):
         ids = tokenizer.encode(word, add_special_tokens=False)
@@ -69,8 +68,6 @@ def _enough(tokens: LinkTokens, links: int, slots: int) -> LinkTokens:
 
 def _ids(hf: Any, tokenizer: Any, free: tuple[int, ...], names: Sequence[str]) -> tuple[int, ...]:
     """The first free tokens, or added ones of these names where there are too few."""
-    from tokenizers import AddedToken
-
     if len(free) >= len(names):
         return free[: len(names)]
     tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
@@ -83,8 +80,6 @@ def _ids(hf: Any, tokenizer: Any, free: tuple[int, ...], names: Sequence[str]) -
 
 def _draw_like_others(hf: Any, first: int) -> None:
     """New rows of the embedding matrices get the mean and standard deviation of the old ones."""
-    import torch
-
     for weight in {hf.get_input_embeddings().weight, hf.get_output_embeddings().weight}:
         with torch.no_grad():
             generator = torch.Generator(weight.device).manual_seed(first)  # the same in every process

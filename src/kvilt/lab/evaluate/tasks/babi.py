@@ -13,24 +13,22 @@ from kvilt.lab.evaluate.tasks.files import find
 from kvilt.rows.files import text_lines
 from kvilt.types import Document
 
-TASKS = range(1, 21)
-
 
 @dataclass(frozen=True)
 class Babi(Task):
-    """One of the twenty tasks, or "all" of them that are in the folder; a document is `sentences` statements."""
+    """One of the twenty tasks; a document is `sentences` statements."""
 
     NAME: ClassVar[str] = "babi"
     ORDERED: ClassVar[bool] = True  # the story's own order
 
     answer_tokens: int = 32
     path: str | None = None
-    task: int | str = 1
+    task: int = 1
     sentences: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.task == "all" or self.task in TASKS, f"babi: task must be 1 to 20 or all, not {self.task!r}.")
+        require(self.task in range(1, 21), f"babi: task must be 1 to 20, not {self.task!r}.")
         require(self.sentences > 0, "babi: sentences must be at least 1.")
 
     @property
@@ -39,24 +37,10 @@ class Babi(Task):
         return "word_accuracy", "exact", "accuracy"
 
     def _samples(self, split: str) -> Iterator[Sample]:
-        for number, file in self.files(split):
-            yield from self._stories(file, f"{number}-{split}", number)
-
-    def files(self, split: str) -> Iterator[tuple[int, Path]]:
-        """The files of the chosen tasks, found as qa<task>_…_<split>.txt in a folder."""
         if self.path is None:
-            raise UserError(
-                "babi is read from files: give path=FOLDER of en-10k (qa1_single-supporting-fact_test.txt, …)."
-            )
-        if self.task != "all":
-            yield int(self.task), find(self.path, (f"qa{self.task}_",), split, (".txt", ".txt.gz"))
-            return
-        place = Path(self.path).expanduser()
-        require(place.is_dir(), f"babi:task=all needs a folder, and {place} is none.")
-        there = [t for t in TASKS if any(f.name.startswith(f"qa{t}_") and split in f.name for f in place.iterdir())]
-        require(bool(there), f"{place} holds no file of bAbI named qa<task>_…_{split}.txt or .txt.gz.")
-        for number in there:
-            yield number, find(self.path, (f"qa{number}_",), split, (".txt", ".txt.gz"))
+            raise UserError("babi is read from files: give path=FOLDER of en-10k (qa1_…_test.txt, qa2_…_test.txt, …).")
+        file = find(self.path, (f"qa{self.task}_",), split, (".txt", ".txt.gz"))
+        yield from self._stories(file, f"{self.task}-{split}", self.task)
 
     def _stories(self, file: Path, prefix: str, number: int) -> Iterator[Sample]:
         story: dict[int, str] = {}  # number of the line -> statement

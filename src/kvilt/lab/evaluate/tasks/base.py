@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -42,8 +43,8 @@ class Task(abc.ABC):
 
     def __post_init__(self) -> None:
         canonical(self.split)
-        if self.answer_tokens < 1:
-            raise UserError(f"{self.NAME}: answer_tokens must be at least 1, not {self.answer_tokens}.")
+        good = self.answer_tokens > 0
+        require(good, f"{self.NAME}: answer_tokens must be at least 1, not {self.answer_tokens}.")
 
     @property
     def max_new_tokens(self) -> int:
@@ -80,17 +81,33 @@ class Task(abc.ABC):
     def label(self) -> str:
         """The name with every option that is not the default, places of files aside."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return " ".join(
-            [self.NAME, *(f"{key}={value}" for key, value in given.items() if key not in ("path", "examples"))]
-        )
+        told = (f"{key}={value}" for key, value in given.items() if key not in ("path", "examples"))
+        return " ".join([self.NAME, *told])
+
+
+@dataclass(frozen=True)
+class Generated(Task):
+    """A task whose samples are made up: `count` of each split, the same for the same `seed`."""
+
+    count: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.count > 0, f"{self.NAME}: count must be at least 1.")
+
+    def _samples(self, split: str) -> Iterator[Sample]:
+        for number in range(self.count):
+            yield self._sample(random.Random(f"{self.NAME} {split} {self.seed} {number}"), split, number)
+
+    @abc.abstractmethod
+    def _sample(self, rng: random.Random, split: str, number: int) -> Sample: ...
 
 
 def canonical(split: str) -> str:
     """One name for a split; "validation" and "dev(open)" are "dev"."""
-    known = split_of(split)
-    if known is None:
-        raise UserError(f"unknown split {split!r}. Use train, dev (validation) or test.")
-    return known
+    require(split_of(split) is not None, f"unknown split {split!r}. Use train, dev (validation) or test.")
+    return split_of(split) or ""
 
 
 def split_of(name: str) -> str | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvilt.lab.evaluate.tasks.base import Sample, Task, listed, require
+from kvilt.lab.evaluate.tasks.base import Generated, Sample, listed, require
 from kvilt.types import Document
 
 _FIRST = listed("Alma,Bruno,Clara,Dario,Edith,Felix,Greta,Hugo,Irene,Jonas,Klara,Leon,Marta,Nils,Olga,Pavel,Rita,Simon")
@@ -34,29 +33,22 @@ _SENTENCES: dict[str, tuple[str, str, str]] = {
 
 
 @dataclass(frozen=True)
-class Biography(Task):
+class Biography(Generated):
     """`people` biographies, one attribute of one of them asked for; family names differ between train and test."""
 
     NAME: ClassVar[str] = "biography"
 
     answer_tokens: int = 32
     people: int = 5
-    count: int = 500
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.people <= len(_LAST) // 2, f"biography: people must be 1 to {len(_LAST) // 2}.")
-        require(self.count > 0, "biography: count must be at least 1.")
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """KV Packet's corpus F1 first."""
         return "micro_f1", "accuracy", "exact", "f1"
-
-    def _samples(self, split: str) -> Iterator[Sample]:
-        for number in range(self.count):
-            yield self._sample(random.Random(f"biography {split} {self.seed} {number}"), split, number)
 
     def _sample(self, rng: random.Random, split: str, number: int) -> Sample:
         family = _LAST[::2] if split == "train" else _LAST[1::2]

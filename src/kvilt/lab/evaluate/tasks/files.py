@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvilt.errors import DocumentError, MissingExtra, UserError
-from kvilt.lab.evaluate.tasks.base import split_of
+from kvilt.lab.evaluate.tasks.base import require, split_of
 from kvilt.rows.files import json_lines, text_lines
 
 _JSON = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -32,19 +32,17 @@ class Row:
 def rows(path: str, aliases: Sequence[str], split: str) -> Iterator[Row]:
     """The rows of `path` that belong to `split`; a folder is searched for a file named after an alias and the split."""
     file = find(path, aliases, split, _JSON)
-    others: set[str] = set()
-    count = 0
+    others, count = set[str](), 0
     for row in _objects(file):
-        name = row.data.get("split")
-        if isinstance(name, str) and split_of(name) not in (None, split):
+        name = str(row.data.get("split"))
+        if split_of(name) in (None, split):
+            count += 1
+            yield row
+        else:
             others.add(name)
-            continue
-        count += 1
-        yield row
-    if not count and others:
-        raise UserError(f"{file} holds the split {', '.join(sorted(others))}, not {split}: set split=… or path=….")
-    if not count:
-        raise UserError(f"{file} is empty: expected one JSON object for each sample.")
+    there = ", ".join(sorted(others))
+    require(count > 0 or not others, f"{file} holds the split {there}, not {split}: set split=… or path=….")
+    require(count > 0, f"{file} is empty: expected one JSON object for each sample.")
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
@@ -56,9 +54,7 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(name, config, split="validation" if split == "dev" else split)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load {name} ({split}) from the hub: {error}. Give a local copy with path=…."
-        ) from error
+        raise UserError(f"cannot load {name} ({split}) from the hub: {error}. Give a copy with path=….") from error
     for number, row in enumerate(data, 1):
         yield Row(f"{name} ({split}), row {number}", number, dict(row))
 
@@ -66,30 +62,26 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
 def find(path: str, aliases: Sequence[str], split: str, suffixes: Sequence[str]) -> Path:
     """The file that `path` means for a split; raises UserError when there is none, or more than one."""
     place = Path(path).expanduser()
-    if not place.exists():
-        raise UserError(f"{place} does not exist. Give the data with path=FILE or path=FOLDER.")
+    require(place.exists(), f"{place} does not exist. Give the data with path=FILE or path=FOLDER.")
     if place.is_file():
-        if split_in_name(place) not in (None, split):
-            raise UserError(
-                f"{place} is named for the split {split_in_name(place)}, not {split}: set split=… or path=…."
-            )
+        named_for = split_in_name(place) or split
+        require(named_for == split, f"{place} is named for the split {named_for}, not {split}: set split=… or path=….")
         return place
     files = sorted(f for f in place.iterdir() if f.name.lower().endswith(tuple(suffixes)))
     named = [f for f in files if any(f.name.lower().startswith(alias) for alias in aliases)]
     exact = [f for f in named if split_in_name(f) == split]
-    found = exact or [f for f in named if split_in_name(f) is None]
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(f.name for f in (found or files)[:8]) or "none"
-    many = "more than one file" if found else "no file"
+    fitting = exact or [f for f in named if split_in_name(f) is None]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(f.name for f in (fitting or files)[:8]) or "none"
+    many = "more than one file" if fitting else "no file"
     wanted = " or ".join(f"{alias}…" for alias in aliases)
     raise UserError(f"{place} has {many} for {wanted}, split {split} (candidates: {listed}): name one with path=FILE.")
 
 
 def split_in_name(file: Path) -> str | None:
     """The split that a file name mentions ("hotpot_dev_distractor_v1.json": dev)."""
-    words = re.split(r"[^a-z]+", file.name.lower())
-    return next((found for word in words if (found := split_of(word))), None)
+    return next(filter(None, map(split_of, re.split(r"[^a-z]+", file.name.lower()))), None)
 
 
 def _objects(file: Path) -> Iterator[Row]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvilt.lab.evaluate.tasks.base import Sample, Task, listed, require
+from kvilt.lab.evaluate.tasks.base import Generated, Sample, listed, require
 from kvilt.types import Document
 
+RULE = "Provide a short answer directly separated by space. Short Answer:"
 KINDS = ("single", "multikey", "multivalue", "multiquery")
 
 _COLOURS = listed("amber,azure,coral,crimson,ebony,golden,hazel,indigo,ivory,jade,lilac,ochre,olive,pearl,ruby,silver")
@@ -34,7 +34,7 @@ _WHEN = listed(
 
 
 @dataclass(frozen=True)
-class NeedleInAHaystack(Task):
+class NeedleInAHaystack(Generated):
     """Seven-digit codes hidden in chatter that is cut into documents of `chunk` characters at sentence ends.
 
     single: one code, asked for. multikey: `needles` codes of different things, one asked for. multivalue: one thing
@@ -48,15 +48,11 @@ class NeedleInAHaystack(Task):
     characters: int = 32768  # about 8,192 tokens
     chunk: int = 4096
     needles: int = 4
-    count: int = 500
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.kind in KINDS, f"niah: unknown kind {self.kind!r}. Known: {', '.join(KINDS)}.")
-        require(
-            self.count > 0 and 0 < self.chunk <= self.characters, "niah: needs count > 0 and 0 < chunk <= characters."
-        )
+        require(0 < self.chunk <= self.characters, "niah: needs 0 < chunk <= characters.")
         most = len(_COLOURS) * len(_THINGS)
         require(0 < self.needles <= min(most, self.characters // 200), f"niah: {self.needles} needles do not fit.")
 
@@ -65,11 +61,7 @@ class NeedleInAHaystack(Task):
         """RULER's recall of all answers; KV Packet's corpus F1."""
         return "recall", "micro_f1_joined"
 
-    def _samples(self, split: str) -> Iterator[Sample]:
-        for number in range(self.count):
-            yield self._sample(random.Random(f"niah {split} {self.seed} {number}"), f"{self.kind}-{split}-{number}")
-
-    def _sample(self, rng: random.Random, name: str) -> Sample:
+    def _sample(self, rng: random.Random, split: str, number: int) -> Sample:
         needles = self._needles(rng)
         asked = [key for key, _ in needles] if self.kind == "multiquery" else [needles[0][0]]
         answers = tuple(code for key, code in needles if key in asked)
@@ -80,11 +72,9 @@ class NeedleInAHaystack(Task):
         chunks = _chunks(sentences, self.chunk)
         gold = [i for i, text in enumerate(chunks) if any(code in text for code in answers)]
         wanted = ", ".join(f"the {key}" for key in dict.fromkeys(asked))
-        question = (
-            f"What are all the codes of {wanted} that the text above mentions?\n"
-            "Provide a short answer directly separated by space. Short Answer:"
-        )
-        return Sample(name, question, tuple(map(Document, chunks)), answers, {"kind": self.kind, "gold": gold})
+        asking = f"What are all the codes of {wanted} that the text above mentions?\n{RULE}"
+        name, told = f"{self.kind}-{split}-{number}", {"kind": self.kind, "gold": gold}
+        return Sample(name, asking, tuple(map(Document, chunks)), answers, told)
 
     def _needles(self, rng: random.Random) -> list[tuple[str, str]]:
         """(thing, code) pairs; the first thing is the one asked for."""
