@@ -20,10 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvilt import Document
-from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
-from kvilt.lab.evaluate.tasks.qa import SYSTEM
-
 TRAIN_ONE = ("squad_train", "fairytaleqa_train")  # one gold passage; others of its article stand beside it
 TRAIN_MANY = ("hotpotqa_train", "hotpotqa_train_extra", "musique_train", "2wiki_train")
 TEST_ONE = ("squad_dev", "squadshifts_wiki_test", "nq_oracle_dev")
@@ -31,8 +27,9 @@ TEST_MANY = ("nq_20docs", "hotpotqa_dev", "hotpotqa_dev_extra", "2wiki_dev", "2w
 TEST = (*TEST_ONE, *TEST_MANY)
 BABI = ("qa1_", "qa2_", "qa15_")
 SYSTEMS = (
-    DEFAULT_SYSTEM,
-    SYSTEM,
+    "Answer the question from the documents.",  # kvilt.engine.text.DEFAULT_SYSTEM
+    "You are a intelligent AI assistant. Please answer questions based on the user's instruction. "
+    "Below are some reference documents that may help you in answering the user's question.",  # of KVLink's evaluation
     "",
     "You are a helpful assistant. Answer with a short phrase from the documents.",
     "Read the passages and answer the question.",
@@ -71,11 +68,15 @@ class Builder:
     """Tokenises with the engine's own text format."""
 
     def __init__(self, tokenizer: Any) -> None:
+        from kvilt.engine.text import TextFormat
+
         self.tokenizer = tokenizer
         self.format = TextFormat.of(tokenizer)
         self.eos = int(tokenizer.eos_token_id)
 
     def document(self, title: str, text: str) -> Ids:
+        from kvilt import Document
+
         return np.asarray(self.format.document_ids(Document(text, title or None)), np.uint16)
 
     def ask(self, question: str) -> Ids:
@@ -181,6 +182,8 @@ def needles(rows: Sequence[dict[str, Any]], count: int, rng: random.Random) -> I
 
 def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False) -> dict[str, Any]:
     """All arrays of the file."""
+    from kvilt.engine.text import TextFormat
+
     builder, limit = Builder(tokenizer), 60 if small else None
     out: dict[str, Any] = {}
     for name in (*TRAIN_ONE, *TEST_ONE):
