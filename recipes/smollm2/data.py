@@ -46,7 +46,9 @@ class Questions:
     pieces: list[list[int]] = field(default_factory=list)  # documents that this one was cut into, itself not among them
     asks: list[Ids] = field(default_factory=list)
     answers: list[Ids] = field(default_factory=list)  # EOS included
-    about: list[list[int]] = field(default_factory=list)  # documents of a question: the gold one alone, or all given ones
+    about: list[list[int]] = field(
+        default_factory=list
+    )  # documents of a question: the gold one alone, or all given ones
     gold: list[list[int]] = field(default_factory=list)  # places in `about`
     texts: list[list[str]] = field(default_factory=list)  # accepted answers
     names: list[str] = field(default_factory=list)
@@ -120,7 +122,9 @@ class Builder:
         """Datasets that give every question documents of its own."""
         q = Questions()
         for row in rows:
-            places = [self.add_document(q, d["title"], d["text"], -1, cut=False) for d in row["docs"] if d["text"].strip()]
+            places = [
+                self.add_document(q, d["title"], d["text"], -1, cut=False) for d in row["docs"] if d["text"].strip()
+            ]
             gold = [i for i, d in enumerate(d for d in row["docs"] if d["text"].strip()) if d["gold"]]
             self.add_question(q, row, places, gold, row["id"])
         return q
@@ -152,11 +156,13 @@ def stories(file: Path, limit: int) -> Iterator[dict[str, Any]]:
     story: list[str] = []
     question = answer = ""
     made = 0
-    for line in gzip.open(file, "rt", encoding="utf-8"):
+    for line in gzip.decompress(file.read_bytes()).decode().splitlines():
         number, _, text = line.strip().partition(" ")
         if number == "1" and question and made < limit:
             made += 1
-            documents = [{"title": "", "text": " ".join(story[i : i + 2]), "gold": False} for i in range(0, len(story), 2)]
+            documents = [
+                {"title": "", "text": " ".join(story[i : i + 2]), "gold": False} for i in range(0, len(story), 2)
+            ]
             yield {"id": f"{file.name}-{made}", "question": question, "answers": [answer], "docs": documents}
         story, question = ([], "") if number == "1" else (story, question)
         if "\t" in text:
@@ -167,7 +173,10 @@ def stories(file: Path, limit: int) -> Iterator[dict[str, Any]]:
 
 def needles(rows: Sequence[dict[str, Any]], count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Made-up facts hidden in training passages: what is copied from a text cannot be guessed."""
-    colours, things = "red blue green black white grey brown yellow".split(), "kettle drawer suitcase bicycle tower boat lamp gate".split()
+    colours, things = (
+        ["red", "blue", "green", "black", "white", "grey", "brown", "yellow"],
+        ["kettle", "drawer", "suitcase", "bicycle", "tower", "boat", "lamp", "gate"],
+    )
     for number in range(count):
         passages = [{**rng.choice(rows)["docs"][0], "gold": False} for _ in range(rng.randint(2, 8))]
         names = rng.sample([f"{c} {t}" for c in colours for t in things], rng.randint(1, 4))
@@ -177,7 +186,12 @@ def needles(rows: Sequence[dict[str, Any]], count: int, rng: random.Random) -> I
             sentences = re.split(r"(?<=[.!?])\s+", passages[place]["text"])
             sentences.insert(rng.randint(0, len(sentences)), f"The number of the {name} is {code}.")
             passages[place] = {**passages[place], "text": " ".join(sentences), "gold": name == names[0]}
-        yield {"id": f"needle-{number}", "question": f"What is the number of the {names[0]}?", "answers": [codes[names[0]]], "docs": passages}
+        yield {
+            "id": f"needle-{number}",
+            "question": f"What is the number of the {names[0]}?",
+            "answers": [codes[names[0]]],
+            "docs": passages,
+        }
 
 
 def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rows
 import torch
 from lean import Model, Seen
-from rows import Context, Method
 from torch import Tensor
+
+import rows
+from rows import Context, Method
 
 EOS = 2
 _DROP = str.maketrans("", "", string.punctuation)
@@ -128,7 +129,9 @@ def contexts(run: Any, name: str, limit: int) -> list[Context]:
 
 
 @torch.no_grad()
-def score(run: Any, model: Model, method: Method, learned: Any, sets: dict[str, int]) -> dict[str, dict[int, list[int]]]:
+def score(
+    run: Any, model: Model, method: Method, learned: Any, sets: dict[str, int]
+) -> dict[str, dict[int, list[int]]]:
     """Answers' tokens for each question of each set."""
     from train import fed
 
@@ -153,7 +156,7 @@ class Texts:
     def __init__(self, folder: Any) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(gzip.open(folder / "tokenizer.json.gz", "rt", encoding="utf-8").read())
+        self.tokenizer = Tokenizer.from_str(gzip.decompress((folder / "tokenizer.json.gz").read_bytes()).decode())
 
     def text(self, tokens: Sequence[int]) -> str:
         """Up to EOS."""
@@ -161,7 +164,9 @@ class Texts:
         return str(self.tokenizer.decode(list(kept)))
 
 
-def table(run: Any, found: dict[str, dict[int, list[int]]], full: dict[str, dict[int, list[int]]] | None) -> dict[str, Any]:
+def table(
+    run: Any, found: dict[str, dict[int, list[int]]], full: dict[str, dict[int, list[int]]] | None
+) -> dict[str, Any]:
     """Accuracy, retention and agreement in percent."""
     made = {}
     for name, got in found.items():
@@ -207,11 +212,26 @@ def everything(run: Any, stages: Sequence[Any]) -> None:
     jobs = []
     if run.taught is not None:
         jobs += [(name, run.taught, m, None) for name, m in untrained.items() if name in ("full", "naive")]
-    order = ("writer_packet_query", "writer_packet", "writer", "packet", "linked", "query", "kvlink5", "kvlink1", "kvlink0")
+    order = (
+        "writer_packet_query",
+        "writer_packet",
+        "writer",
+        "packet",
+        "linked",
+        "query",
+        "kvlink5",
+        "kvlink1",
+        "kvlink0",
+    )
     by = {s.name: s for s in stages if is_done(run.out, s.name)}
     jobs += [(n, run.taught if by[n].distilled else run.base, by[n].method, n) for n in order if n in by]
-    jobs += [(n, run.taught, m, None) for n, m in untrained.items() if n not in ("full", "naive") and run.taught is not None]
-    jobs += [(f"instruct/{n}", run.base, untrained[n], None) for n in ("full", "naive", "block:sink=system", "epic:tokens=16")]
+    jobs += [
+        (n, run.taught, m, None) for n, m in untrained.items() if n not in ("full", "naive") and run.taught is not None
+    ]
+    jobs += [
+        (f"instruct/{n}", run.base, untrained[n], None)
+        for n in ("full", "naive", "block:sink=system", "epic:tokens=16")
+    ]
     for sets in ({"squad5": 60},) if run.smoke else (CHEAP, DEAR):
         for label, base, method, name in jobs:
             if run.left < 8:

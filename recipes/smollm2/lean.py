@@ -79,7 +79,9 @@ def adapters(shape: Shape, rank: int, reader_rank: int, device: Any, seed: int =
     }
     made = {}
     for name, size in sizes.items():
-        drawn = torch.rand(s.layers, *size, generator=generator) * 2 - 1 if name[0] == "a" else torch.zeros(s.layers, *size)
+        drawn = (
+            torch.rand(s.layers, *size, generator=generator) * 2 - 1 if name[0] == "a" else torch.zeros(s.layers, *size)
+        )
         made[name] = (drawn / size[0] ** 0.5).to(device)
     return made
 
@@ -113,7 +115,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + other * sin).to(x.dtype)
 
 
-def _before(x: Tensor, cos: Tensor, sin: Tensor, gates: Tensor, w: list[Tensor], s: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _before(
+    x: Tensor, cos: Tensor, sin: Tensor, gates: Tensor, w: list[Tensor], s: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, (rows, heads, length, dim), keys and values repeated for the query heads that share them."""
     n1, qkv, a_qkv, b_q, b_k, b_v, a_reader, b_reader = w
     heads, kv, dim = s
@@ -177,7 +181,10 @@ def _blocks(mask: Tensor, rule: Any, size: int = 128) -> Any:
     part = tiles.any(4).any(2) & ~whole
     listed = []
     for kind in (part, whole):
-        listed += [kind.sum(-1, dtype=torch.int32)[:, None], kind.int().argsort(dim=-1, descending=True, stable=True).int()[:, None]]
+        listed += [
+            kind.sum(-1, dtype=torch.int32)[:, None],
+            kind.int().argsort(dim=-1, descending=True, stable=True).int()[:, None],
+        ]
     return BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=size, mask_mod=rule)
 
 
@@ -232,7 +239,9 @@ class Model:
         learned = vectors.to(x.dtype)[(ids - size).clamp(min=0)]
         return torch.where((ids >= size)[..., None], learned, x)
 
-    def hidden(self, x: Tensor, positions: Tensor, seen: Seen, gates: Tensor, ad: Mapping[str, Tensor], keep: Any = None) -> Tensor:
+    def hidden(
+        self, x: Tensor, positions: Tensor, seen: Seen, gates: Tensor, ad: Mapping[str, Tensor], keep: Any = None
+    ) -> Tensor:
         """Last hidden states (rows, length, hidden); `keep(layer, keys, values)` is shown every layer's."""
         cos, sin = self.angles(positions)
         s = self.base.shape

@@ -4,6 +4,7 @@ Nothing here needs more than NumPy: a GPU machine runs it without Kvilt. The tes
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -149,7 +150,16 @@ class Batch:
 def pack(rows: Sequence[Sequence[Context]], m: Method, vocabulary: int, length: int, room: int = 0) -> Batch:
     """Lay every row's contexts side by side."""
     shape = (len(rows), length)
-    fills = {"positions": 0, "context": PAD, "group": 0, "branch": 0, "ids": 0, "writer": 0, "reader": 0, "labels": IGNORE}
+    fills = {
+        "positions": 0,
+        "context": PAD,
+        "group": 0,
+        "branch": 0,
+        "ids": 0,
+        "writer": 0,
+        "reader": 0,
+        "labels": IGNORE,
+    }
     made = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
     made["positions"][:] = np.arange(length)
     ends, asked = [], []
@@ -201,7 +211,7 @@ class Dataset:
         self.name = name
         for part in ("documents", "pieces", "asks", "answers", "about", "gold"):
             flat, at = arrays[f"{name}/{part}"].astype(np.int64), arrays[f"{name}/{part}.at"]
-            setattr(self, part, [flat[a:b] for a, b in zip(at[:-1], at[1:], strict=True)])
+            setattr(self, part, [flat[a:b] for a, b in itertools.pairwise(at)])
         self.article: Array = arrays[f"{name}/article"]
         self.of: dict[int, list[int]] = {}  # document -> questions about it
         for number, about in enumerate(self.about):
@@ -274,7 +284,9 @@ class Sampler:
         """Passages of one article around the next one whose turn it is, or loose ones."""
         name = "squad_train" if self.rng.random() < 0.85 else "fairytaleqa_train"
         data = self.one[name]
-        count = self.rng.randint(1, 3) if few else self.rng.choices(range(1, 11), [2, 6, 10, 14, 18, 14, 10, 10, 8, 8])[0]
+        count = (
+            self.rng.randint(1, 3) if few else self.rng.choices(range(1, 11), [2, 6, 10, 14, 18, 14, 10, 10, 8, 8])[0]
+        )
         aside = self.reserve == "with" and self.rng.random() < RESERVED_SHARE
         first = self._next(f"{name}/{aside}", lambda: [d for d in data.of if (d in data.reserved) == aside])
         article = data.article_of.get(first, data.loose)
@@ -300,7 +312,14 @@ class Sampler:
         return data.context(self._system(), documents, self._questions(data, passages, self.MOST))
 
     def _several(self) -> Context:
-        shares = {"hotpotqa_train": 3, "hotpotqa_train_extra": 1.5, "musique_train": 2, "2wiki_train": 5, "needles_train": 1.5, "babi_train": 3}
+        shares = {
+            "hotpotqa_train": 3,
+            "hotpotqa_train_extra": 1.5,
+            "musique_train": 2,
+            "2wiki_train": 5,
+            "needles_train": 1.5,
+            "babi_train": 3,
+        }
         name = self.rng.choices(list(shares), list(shares.values()))[0]
         data = self.many[name]
         q = self._next(name, lambda: range(len(data.asks)))
@@ -325,7 +344,14 @@ class Sampler:
         return kept
 
 
-def tests(name: str, arrays: Mapping[str, Any], system: Array, documents: int, limit: int, seed: int = 0) -> list[Context]:
+def tests(
+    name: str,
+    arrays: Mapping[str, Any],
+    system: Array,
+    documents: int,
+    limit: int,
+    seed: int = 0,  # noqa: PT028 - no test
+) -> list[Context]:
     """Held-out contexts: every question's own passage among `documents` of its article, or the documents it comes with.
 
     Questions about the same documents share a context; at most `limit` questions."""
@@ -347,7 +373,9 @@ def tests(name: str, arrays: Mapping[str, Any], system: Array, documents: int, l
     return made
 
 
-def chunked(name: str, arrays: Mapping[str, Any], system: Array, passages: int, limit: int, seed: int = 0) -> list[Context]:
+def chunked(
+    name: str, arrays: Mapping[str, Any], system: Array, passages: int, limit: int, seed: int = 0
+) -> list[Context]:
     """Held-out articles: consecutive passages, each cut into pieces, in their order."""
     data, rng = Dataset(name, arrays), random.Random(f"chunked/{name}/{seed}")
     groups = [sorted(a)[i : i + passages] for a in data.articles for i in range(0, len(a) - passages + 1, passages)]

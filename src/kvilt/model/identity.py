@@ -31,6 +31,7 @@ WEIGHTS = (  # where transformers looks for weights, in its order; an index name
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "target_modules", "peft_version", "auto_mapping")
+SOURCE = "made-from.txt"  # in a folder that was made from a file: the file's digest
 READ, PAGE, PAGES = 4 << 20, 4096, 64  # bytes hashed at a time; what is looked at of a file to know it again
 SAMPLE = 16  # numbers of each tensor that are compared at every request
 
@@ -40,11 +41,13 @@ def of_files(source: str | Path) -> str:
 
     Of a folder count the files that transformers would load: model.safetensors, or the shards that
     model.safetensors.index.json names, or pytorch_model.bin or its shards, else every *.safetensors; and the folder's *.py
-    where config.json has `auto_map`. A file (GGUF) is its own identity. Raises OSError, ValueError or ModelError where they
-    cannot be read."""
+    where config.json has `auto_map`. A file (GGUF) is its own identity, and that of the folder made from it. Raises OSError,
+    ValueError or ModelError where they cannot be read."""
     source = Path(source)
     if source.is_file():
         return of_file(source)
+    if (source / SOURCE).is_file():
+        return (source / SOURCE).read_text().strip()
     config = config_of(source)
     code = sorted(source.glob("*.py")) if "auto_map" in config else []
     with ThreadPoolExecutor(4) as threads:  # gone when this returns: nothing that a forked process would wait for
@@ -119,8 +122,13 @@ def remember(note: str, value: str) -> str:
     return value
 
 
+def user_cache() -> Path:
+    """Where Kvilt keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvilt"
+
+
 def _memo() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvilt" / "digests.json"
+    return user_cache() / "digests.json"
 
 
 def _notes() -> dict[str, object]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvilt.errors import MissingExtra, ModelError, SpecError, UserError
-from kvilt.model import fit, identity, proof
+from kvilt.model import fit, gguf, identity, proof
 from kvilt.model.identity import Identity
 from kvilt.model.model import Model
 
@@ -29,13 +29,14 @@ logger = logging.getLogger("kvilt")
 def load_model(
     name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
 ) -> tuple[Model, Any]:
-    """A model ready to serve, and its tokenizer, from a folder, a hub name, or a folder with an adapter of peft.
+    """A model ready to serve, and its tokenizer, from a folder, a hub name, a GGUF file, or a folder with an adapter of peft.
 
     `dtype` "auto" is the checkpoint's own on CUDA; on a CPU bfloat16 where checkpoint and CPU are made for it, else float32.
     Code that comes with a model runs only with `trust_remote_code`. Raises ModelError where something cannot be loaded, or
     not be served exactly."""
-    place, name = _device(device), folder(name)
+    place = _device(device)
     with _explained(f"model {name!r}", name):
+        name = folder(name)
         described = beside(name, "adapter_config.json")
     base = name if described is None else _base_of(described, name)
     what = f"model {name!r}" if described is None else f"base model {base!r} of adapter {name!r}"
@@ -130,7 +131,11 @@ def beside(name: str, file: str) -> Path | None:
 
 
 def folder(name: str) -> str:
-    """`builtin` and `builtin-VARIANT` are models that ship with the package; other names are left alone."""
+    """Where a model's files lie: `builtin` and `builtin-VARIANT` ship with the package, `smollm2` is that of the installed
+    wheel, a GGUF file (or a folder with one) is made into a folder; other names are left alone."""
+    file = gguf.smollm2() if name == "smollm2" else gguf.file_of(name)
+    if file is not None:
+        return str(gguf.unpacked(file))
     if Path(name).exists():
         return name
     if name.startswith((".", "/", "~")):  # no hub name looks like this, and asking the hub takes half a minute offline

