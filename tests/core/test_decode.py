@@ -18,7 +18,8 @@ from kvilt.engine.streaming import Pieces, stream
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, PromptError
 from kvilt.model.decoding import Settings
-from kvilt.model.model import Model, Run
+from kvilt.model.model import Model
+from kvilt.model.placing import Run
 from kvilt.types import Answer, Usage
 from text_kit import sentencepiece
 

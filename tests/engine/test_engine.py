@@ -411,7 +411,7 @@ def test_two_threads_get_right_answers(spec: str) -> None:
 def test_what_is_remembered_of_documents_may_be_forgotten_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: one thread clears the table of known documents while another one reads it."""
     engine = engine_of()
-    monkeypatch.setattr("kvilt.engine.engine.KNOWN", 2)
+    monkeypatch.setattr("kvilt.engine.prompts.KNOWN", 2)
     wanted = [i.key for i in engine.encoder.items(DOCUMENTS)]
 
     class Forgetful(dict):  # type: ignore[type-arg]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from kvilt.errors import PromptError, did_you_mean
-from kvilt.model.model import Run
+from kvilt.model.placing import Run
 
 SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # from 0 to 1
 SAMPLING = ("temperature", "top_k", *SHARES)

@@ -151,25 +151,16 @@ class Identity:
         fields = config.to_diff_dict() if folder is None else config_of(folder)
         own = str(next(hf.parameters()).dtype).removeprefix("torch.")
         self.rope, self.dtype = of_rope(fields), own if folder is None else stored_dtype(fields)
-        self._views: dict[object, Tensor] = {}  # a few numbers of every tensor
-        self._base = (_look(_tensors(hf), self._views), "" if folder is None else of_files(folder))
-        self._known: tuple[object, str] = (None, "")
+        self._base = (_look(_tensors(hf)), "" if folder is None else of_files(folder))
 
     @property
     def digest(self) -> str:
-        """The digest of what runs now, 64 hex digits; about a millisecond where nothing has changed.
-
-        Writes that PyTorch does not count (through `.data`) are noticed if they change one of a few numbers per tensor."""
-        adapters, tensors = _adapters(self.hf), list(_tensors(self.hf))
-        base = _look(tensors, self._views)
-        seen = (base, _look(tensors, self._views, *adapters) if adapters else None, adapters)
-        if self._known[0] != seen:
-            self._views.clear()  # of tensors that may be gone
-            if self._base[0] != base or not self._base[1]:
-                self._base = (base, self._of_tensors(""))
-            parts = [self._base[1], *(self._adapter(name, adapters) for name in sorted(adapters))]
-            self._known = (seen, digest_of(*parts) if adapters else parts[0])
-        return self._known[1]
+        """The digest of what runs now, 64 hex digits; `Model.digest` asks for it only when something has changed."""
+        adapters, base = _adapters(self.hf), _look(_tensors(self.hf))
+        if self._base[0] != base or not self._base[1]:
+            self._base = (base, self._of_tensors(""))
+        parts = [self._base[1], *(self._adapter(name, adapters) for name in sorted(adapters))]
+        return digest_of(*parts) if adapters else parts[0]
 
     def _adapter(self, name: str, layers: Mapping[str, object]) -> str:
         config: Any = getattr(self.hf, "peft_config", {})[name]
@@ -220,21 +211,17 @@ def _is_tuner(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _look(tensors: Iterable[tuple[str, Tensor, str]], views: dict[object, Tensor], *owners: str) -> tuple[object, ...]:
-    """What shows at a glance that tensors were changed: where they lie, how often they were written to, a few numbers."""
+def _look(tensors: Iterable[tuple[str, Tensor, str]]) -> list[object]:
+    """What shows that a model's own tensors were changed: where they lie, how often they were written to, a few numbers."""
     marks: list[object] = []
-    samples: dict[object, list[Tensor]] = defaultdict(list)
     for _, t, owner in tensors:
-        if owner in (owners or ("",)):
+        if not owner:
             plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() > 0
-            at = (id(t), t.data_ptr() if plain else 0)
-            marks.append((at, t.shape, 0 if t.is_inference() else t._version))
-            if plain:
-                view = views.get(at)  # once: another thread may clear them
-                if view is None:
-                    view = views[at] = t.as_strided((min(SAMPLE, t.numel()),), (max(1, t.numel() // SAMPLE),))
-                samples[t.dtype, t.device].append(view)
-    return (*marks, *(bytes(_bytes(torch.cat(group))) for group in samples.values()))
+            some = t.flatten()[:: max(1, t.numel() // SAMPLE)] if plain else t.new_empty(0)
+            marks.append(
+                (t.data_ptr() if plain else id(t), t.shape, 0 if t.is_inference() else t._version, some.tolist())
+            )
+    return marks
 
 
 def _shaping(config: Mapping[str, Any]) -> str:

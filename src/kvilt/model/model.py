@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,37 +15,14 @@ from transformers import Cache
 from kvilt.errors import ModelError
 from kvilt.model import attention, fit
 from kvilt.model.identity import Identity
-from kvilt.model.placing import BufferPool, PlacedCache, Shape
+from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
 from kvilt.rows.rows import TensorRows
 from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, digest_of
 
 OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
-
-
-@dataclass(eq=False)
-class Run:
-    """A plan that was computed: the logits of its last token (vocab,) float32, and the cache to decode with."""
-
-    model: Model
-    placed: PlacedCache
-    logits: Tensor
-
-    @property
-    def bytes_loaded(self) -> int:
-        """Bytes of the reused rows, as stored."""
-        return self.placed.bytes_loaded
-
-    def step(self, token: Tensor) -> Tensor:
-        """Append one token (1, 1); logits of the next, (1, vocab) float32."""
-        logits = self.peek(token[0])[-1:]
-        self.placed.advance(1)
-        return logits
-
-    def peek(self, tokens: Tensor) -> Tensor:
-        """Logits behind each of several tokens (tokens,), (tokens, vocab) float32; the run stays where it is."""
-        return self.model.after(tokens, self.placed)
+SAMPLE = 16  # numbers of each tensor that are compared at every request
 
 
 class Model:
@@ -66,6 +43,8 @@ class Model:
         self.shape = Shape(config.num_hidden_layers, heads, head_dim, hf.dtype, hf.device)
         self.pool = BufferPool(self.shape)
         self.identity = identity or Identity(hf)
+        self._named: tuple[object, str] = (None, "")
+        self._samples: tuple[object, list[list[Tensor]]] = (None, [])
         self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
         self.directory = str(getattr(hf, "name_or_path", "")) or None  # of files that strategies look for
@@ -73,8 +52,35 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """What the weights that run now are called in cache keys, adapters included."""
-        return self.identity.digest
+        """What the weights that run now are called in cache keys, adapters included; about a millisecond.
+
+        Writes that PyTorch does not count (through `.data`) are noticed if they change one of a few numbers per tensor."""
+        marks = self._marks()
+        if marks != self._named[0]:
+            self._named = (marks, self.identity.digest)
+        return self._named[1]
+
+    @torch.no_grad()
+    def _marks(self) -> tuple[object, ...]:
+        """What shows that weights or adapters were changed: where tensors lie, how often they were written, some numbers."""
+        tensors = [t for t in (*self.hf.parameters(), *self.hf.buffers()) if type(t) in (Tensor, nn.Parameter)]
+        where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if where != self._samples[0]:
+            steps = [(t, max(1, t.numel() // SAMPLE)) for t in tensors if t.numel() and t.is_contiguous()]
+            views = [t.as_strided((min(SAMPLE, t.numel()),), (step,)) for t, step in steps]
+            kinds = {(v.dtype, v.device) for v in views}
+            self._samples = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
+        numbers = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._samples[1]]
+        tuners = [m for m in self.hf.modules() if hasattr(type(m), "merged_adapters")] if self.adapted else []
+        states = [
+            (m.active_adapters, m.merged_adapters, m.disable_adapters, getattr(m, "scaling", None)) for m in tuners
+        ]
+        return str(states), where, numbers
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters of peft were added."""
+        return bool(getattr(self.hf, "peft_config", None))
 
     @property
     def context_length(self) -> int:
@@ -177,7 +183,7 @@ class Model:
                 placed.load_ahead()
             logits = self.forward(plan, placed, 1)[-1]
             placed.finish()
-            yield Run(self, placed, logits)
+            yield Run(placed, logits, self.after)
 
     @contextmanager
     def placed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -241,3 +241,27 @@ class PlacedCache(Cache):
         angles = self.rotation.angles(segment.start + segment.places, data.device)
         self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
         return DocumentCache(segment.tokens, segment.places, segment.length, key, TensorRows(data))
+
+
+@dataclass(eq=False)
+class Run:
+    """A plan that was computed: the logits of its last token (vocab,) float32, and the cache to decode with."""
+
+    placed: PlacedCache
+    logits: Tensor
+    after: Callable[[Tensor, PlacedCache], Tensor]  # `Model.after`
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes of the reused rows, as stored."""
+        return self.placed.bytes_loaded
+
+    def step(self, token: Tensor) -> Tensor:
+        """Append one token (1, 1); logits of the next, (1, vocab) float32."""
+        logits = self.peek(token[0])[-1:]
+        self.placed.advance(1)
+        return logits
+
+    def peek(self, tokens: Tensor) -> Tensor:
+        """Logits behind each of several tokens (tokens,), (tokens, vocab) float32; the run stays where it is."""
+        return self.after(tokens, self.placed)

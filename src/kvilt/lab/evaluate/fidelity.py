@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvilt.errors import ModelError
 from kvilt.lab.evaluate.metrics import normalise
-from kvilt.model.model import Run
+from kvilt.model.placing import Run
 
 
 class Following(Run):
@@ -21,7 +21,7 @@ class Following(Run):
     step that was taken, and `seconds` is what the draft took."""
 
     def __init__(self, run: Run, draft: Sequence[int] = ()) -> None:
-        super().__init__(run.model, run.placed, run.logits)
+        super().__init__(run.placed, run.logits, run.after)
         began, room = time.perf_counter(), run.placed.capacity - run.placed.length
         self.draft = list(draft[:room])
         ahead = [run.peek(torch.tensor(self.draft[:-1]))] if len(self.draft) > 1 else []

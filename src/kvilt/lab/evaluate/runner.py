@@ -27,7 +27,7 @@ from kvilt.errors import UserError
 from kvilt.lab.evaluate import fidelity, metrics
 from kvilt.lab.evaluate.records import RecordFile, slug
 from kvilt.lab.evaluate.tasks.base import Sample, Task
-from kvilt.model.model import Run
+from kvilt.model.placing import Run
 from kvilt.types import Answer, Usage, digest_of
 
 
