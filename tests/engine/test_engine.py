@@ -420,9 +420,9 @@ def test_what_is_remembered_of_documents_may_be_forgotten_meanwhile(monkeypatch:
             self.clear()  # another thread's doing
             return found
 
-    engine._known = Forgetful()
+    engine.prompts._known = Forgetful()
     for _ in range(3):
-        assert [i.key for i in engine._items(DOCUMENTS)] == wanted
+        assert [i.key for i in engine.prompts._items(DOCUMENTS)] == wanted
 
 
 # --- who finds what ---
@@ -442,7 +442,10 @@ def test_keys_of_another_namespace_never_hit(encoded: list[str]) -> None:
         assert (usage.hits, usage.misses) == (0, 3)
     assert len(encoded) == 2 * 4  # the system part, too
     assert ask(mine.with_strategy("prompt_cache")).usage.hits == 3
-    keys = [{e._system.key.digest, *(i.key.digest for i in e.encoder.items(DOCUMENTS))} for e in (mine, theirs, shared)]
+    keys = [
+        {e.prompts._system.key.digest, *(i.key.digest for i in e.encoder.items(DOCUMENTS))}
+        for e in (mine, theirs, shared)
+    ]
     assert len(set.union(*keys)) == 12
     for wrong in ("", "\udcff", "a\nb", "x" * 5000):
         with pytest.raises(UserError, match="namespace"):

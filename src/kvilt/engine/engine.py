@@ -19,7 +19,7 @@ from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, PromptError, StoreUnavailable, UnreadableCache
 from kvilt.model.decoding import Settings, check_ids, generate
-from kvilt.model.loading import load_model
+from kvilt.model.loading import load_model, wrap
 from kvilt.model.model import Model
 from kvilt.model.placing import Run
 from kvilt.plan import Plan, Segment
@@ -83,6 +83,17 @@ class Engine:
         keep = cast(Store, registry.build("store", store)) if isinstance(store, str) else store
         return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, smaller)
 
+    @classmethod
+    def of(
+        cls, hf: Any, tokenizer: Any, strategy: str = registry.DEFAULT, store: str = "disk", **options: Any
+    ) -> Engine:
+        """An engine over a transformers model and tokenizer of one's own; `options` as of `Engine`.
+
+        Raises ModelError where the model cannot be served exactly."""
+        model, text = wrap(hf, tokenizer), TextFormat.of(tokenizer, options.pop("system", None))
+        built, keep = registry.build("strategy", strategy), registry.build("store", store)
+        return cls(model, text, cast(Strategy, built), cast(Store, keep), **options)
+
     def with_strategy(self, strategy: str | Strategy, compress: str | Compression | None = None) -> Engine:
         """The same model and store with another strategy, and another compression if one is given."""
         built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
@@ -91,12 +102,14 @@ class Engine:
 
     def with_system(self, system: str) -> Engine:
         """The same engine with another system text. Strategies that encode documents behind it encode them anew."""
-        if system not in self._told:
+        text = self.text.told(system)
+        engine = self._told.get(system)
+        if engine is None:
             if len(self._told) > 16:
                 self._told.clear()
             given = (self.strategy, self.store, self.namespace, self.compression, self.flights)
-            self._told[system] = Engine(self.model, self.text.told(system), *given)
-        return self._told[system]
+            engine = self._told[system] = Engine(self.model, text, *given)
+        return engine
 
     def encode(self, documents: Sequence[Any], **options: Any) -> EncodeReport:
         """Encode and store documents, and the system part, ahead of any question (`Encoder.encode` has the options)."""

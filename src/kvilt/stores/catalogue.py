@@ -7,25 +7,28 @@ Uses are gathered in memory and written a little later, so that answering never 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
+from kvilt.stores import tables
 from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob
-from kvilt.stores.database import Database
+from kvilt.stores.database import MOMENT, Database
 from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
 
+T = TypeVar("T")
 log = logging.getLogger("kvilt")
 
+PENDING = 256  # documents that wait to be entered
+WRITERS = 16  # processes that may write at once without holding more than the budget together
 SHARE = 0.5  # of the disk's free space, its own documents counted as free, for a store that is given no budget
 POLICIES = {  # scores in SQL: the lowest goes first, among equals the one unused for longest
     "lru": "0",
@@ -33,27 +36,6 @@ POLICIES = {  # scores in SQL: the lowest goes first, among equals the one unuse
     # GDSF: frequency x cost / size over a clock that rises; the cost of losing a document is encoding its tokens again
     "greedy-dual": "(SELECT value FROM counters WHERE name = 'clock') + (hits + 1.0) * tokens / MAX(bytes, 1)",
 }
-_COLUMNS = tuple(Entry.__dataclass_fields__)
-_SCHEMA = f"""
-CREATE TABLE entries ({", ".join(_COLUMNS)}, score, PRIMARY KEY (key))
-
-CREATE INDEX by_score ON entries (pinned, score, used)
-
-CREATE INDEX by_namespace ON entries (namespace, pinned, score, used)
-
-CREATE INDEX by_expiry ON entries (expires) WHERE expires IS NOT NULL
-
-CREATE TABLE counters (name PRIMARY KEY, value)
-
-CREATE TABLE totals (namespace PRIMARY KEY, entries, bytes)
-
-CREATE TRIGGER added AFTER INSERT ON entries BEGIN
-INSERT INTO totals VALUES (NEW.namespace, 1, NEW.bytes), ('', 1, NEW.bytes)
-ON CONFLICT DO UPDATE SET entries = entries + 1, bytes = bytes + excluded.bytes; END
-
-CREATE TRIGGER removed AFTER DELETE ON entries BEGIN
-UPDATE totals SET entries = entries - 1, bytes = bytes - OLD.bytes WHERE namespace IN (OLD.namespace, ''); END
-"""  # of the totals '' is the whole store's
 
 
 class Catalogue(Database, BlobStore):
@@ -82,6 +64,8 @@ class Catalogue(Database, BlobStore):
             raise SpecError(f"unknown eviction policy {policy!r}.{did_you_mean(policy, POLICIES)} Known: {known}.")
         self.next: Entry | None = None  # what will be put next, if it is known: then it need not tell itself
         self._damaged = 0
+        self._pending: list[Entry] = []  # stored, and entered with the next transaction
+        self._grant = 0.0  # bytes that may be stored before the catalogue is asked again
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
         return self.blobs.get_many(keys)
@@ -93,11 +77,18 @@ class Catalogue(Database, BlobStore):
         return self.blobs.list()
 
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
-        """Make room, enter it, then store it: a process that dies in between leaves the store smaller, not too large."""
+        """Make room, enter it, then store it: a process that dies in between leaves the store smaller, not too large.
+
+        Where there is much room a document is stored at once and entered with the next ones, in one transaction."""
         if self.blobs.contains([key]):
             return False
         known, made = self.next, False
         entry = known if known and known.key == key else self.describe(key, MemoryBlob(data))
+        if not self.asks(entry.bytes):
+            made = self.blobs.put(key, data)
+            self._grant -= entry.bytes
+            self._pending += [entry] if made else []
+            return made
         self.write(lambda db: self._enter(db, entry))
         try:
             made = self.blobs.put(key, data)
@@ -108,6 +99,30 @@ class Catalogue(Database, BlobStore):
             self.forget({key} - self.blobs.contains([key]))
             raise
         return made
+
+    def write(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
+        """Do `work` alone, after what is pending was entered. Raises StoreUnavailable."""
+        with self._lock:
+            count = len(self._pending)
+
+            def both(db: sqlite3.Connection) -> T:
+                self._insert(db, self._pending[:count])
+                return work(db)
+
+            made = super().write(both, patience)
+            del self._pending[:count]
+        return made
+
+    def asks(self, size: int) -> bool:
+        """Whether so many bytes need room to be made, or must be entered at once."""
+        return size > self._grant or len(self._pending) >= PENDING
+
+    def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work`, which changes nothing, after what is pending was entered. Raises StoreUnavailable."""
+        if self._pending:
+            with contextlib.suppress(StoreUnavailable):
+                self.write(lambda _: None, MOMENT)
+        return super().read(work)
 
     def delete(self, key: str) -> bool:
         there = self._drop(key)
@@ -131,19 +146,19 @@ class Catalogue(Database, BlobStore):
 
         def work(db: sqlite3.Connection) -> None:
             for name, number in (("hits", len(uses)), ("misses", misses), ("damaged", self._damaged)):
-                _set(db, name, _value(db, name) + number)
+                tables.set_counter(db, name, tables.counter(db, name) + number)
             for key, moment in uses:
                 db.execute("UPDATE entries SET hits = hits + 1, used = MAX(used, ?) WHERE key = ?", (moment, key))
                 self._score(db, "key = ?", key)
             self._damaged = 0
 
         gone = self.path is not None and not self.path.parent.is_dir()  # nor is it made again for this
-        if not gone and (uses or misses or self._damaged):
+        if not gone and (uses or misses or self._damaged or self._pending):
             self.write(work, patience)
 
     def rows(self, condition: str = "TRUE", *values: object) -> dict[str, Entry]:
         """Documents by key, all or those of an SQL condition. Raises StoreUnavailable."""
-        return self.read(lambda db: _entries(db, condition, *values))
+        return self.read(lambda db: tables.entries(db, condition, *values))
 
     def look(self, key: str) -> Entry | None:
         """A document as it tells itself; None if it is gone, unreadable now or another version's. Raises DamagedCache."""
@@ -157,7 +172,9 @@ class Catalogue(Database, BlobStore):
     def stats(self) -> StoreStats:
         """Totals since the catalogue was built. Raises StoreUnavailable."""
         names = ("hits", "misses", "evictions", "damaged")
-        (entries, held), *counts = self.read(lambda db: (_held(db, ""), *(_value(db, name) for name in names)))
+        (entries, held), *counts = self.read(
+            lambda db: (tables.held(db, ""), *(tables.counter(db, name) for name in names))
+        )
         return StoreStats(entries, held, self._limit(held), *counts)
 
     def pin(self, key: str, pinned: bool) -> None:
@@ -181,9 +198,9 @@ class Catalogue(Database, BlobStore):
         return freed + self.write(self._shrink)
 
     def build(self, db: sqlite3.Connection) -> None:
-        for statement in _SCHEMA.strip().split("\n\n"):
+        for statement in tables.SCHEMA.strip().split("\n\n"):
             db.execute(statement)
-        _set(db, "clock", 0.0)
+        tables.set_counter(db, "clock", 0.0)
         if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
             self._insert(db, self._survey([key for key, _ in self.blobs.list()]))
 
@@ -217,10 +234,13 @@ class Catalogue(Database, BlobStore):
         return self._budget
 
     def _enter(self, db: sqlite3.Connection, entry: Entry, again: bool = False) -> None:
-        if not (again and _entries(db, "key = ?", entry.key)):
+        if not (again and tables.entries(db, "key = ?", entry.key)):
             db.execute("DELETE FROM entries WHERE key = ?", (entry.key,))  # of a blob that vanished
             self._evict(db, entry.bytes, entry.namespace)
             self._insert(db, [entry])
+        held = tables.held(db, "")[1]
+        limit = self._limit(held)
+        self._grant = 0.0 if self._quota else float("inf") if limit is None else (limit - held) / WRITERS
 
     def _shrink(self, db: sqlite3.Connection) -> int:
         names = db.execute("SELECT namespace FROM totals WHERE bytes > 0 AND namespace != ''").fetchall()
@@ -238,16 +258,16 @@ class Catalogue(Database, BlobStore):
 
     def _evict(self, db: sqlite3.Connection, size: int, namespace: str) -> int:
         """Make room for `size` more bytes; bytes freed. Nothing is evicted for what cannot fit."""
-        if _value(db, "policy") != self._policy:  # the store was last written with another
+        if tables.counter(db, "policy") != self._policy:  # the store was last written with another
             self._score(db)
-            _set(db, "policy", self._policy)
+            tables.set_counter(db, "policy", self._policy)
         chosen: dict[str, tuple[int, float]] = {}  # bytes, score
-        limits = ("quota", self._quota, namespace), ("budget", self._limit(_held(db, "")[1]), "")
+        limits = ("quota", self._quota, namespace), ("budget", self._limit(tables.held(db, "")[1]), "")
         for name, limit, scope in limits:
             if limit is None:
                 continue
-            excess = _held(db, scope)[1] + size - limit - sum(held for held, _ in chosen.values())
-            for key, held, score in _ranked(db, scope) if excess > 0 and size <= limit else ():
+            excess = tables.held(db, scope)[1] + size - limit - sum(held for held, _ in chosen.values())
+            for key, held, score in tables.ranked(db, scope) if excess > 0 and size <= limit else ():
                 if key not in chosen:
                     chosen[key], excess = (held, score), excess - held
                 if excess <= 0:
@@ -259,39 +279,8 @@ class Catalogue(Database, BlobStore):
         for key, (_, score) in chosen.items():
             self._drop(key)
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
-            _set(db, "clock", max(_value(db, "clock"), score))  # so that old fame fades under greedy-dual
-        _set(db, "evictions", _value(db, "evictions") + len(chosen))
+            tables.set_counter(
+                db, "clock", max(tables.counter(db, "clock"), score)
+            )  # so that old fame fades under greedy-dual
+        tables.set_counter(db, "evictions", tables.counter(db, "evictions") + len(chosen))
         return sum(held for held, _ in chosen.values())
-
-
-def _ranked(db: sqlite3.Connection, namespace: str) -> Iterator[tuple[str, int, float]]:
-    """Who may be evicted: the expired first, then by score and last use."""
-    among, scope = ("namespace = ? AND", (namespace,)) if namespace else ("", ())
-    select, now = "SELECT key, bytes, score FROM entries", time.time()
-    expired = db.execute(f"{select} INDEXED BY by_expiry WHERE {among} pinned = 0 AND expires <= ?", (*scope, now))
-    return itertools.chain(expired, db.execute(f"{select} WHERE {among} pinned = 0 ORDER BY score, used", scope))
-
-
-def _held(db: sqlite3.Connection, namespace: str) -> tuple[int, int]:
-    """Documents and bytes of a namespace, of the whole store for ''."""
-    query = "SELECT entries, bytes FROM totals WHERE namespace = ?"
-    return db.execute(query, (namespace,)).fetchone() or (0, 0)
-
-
-def _value(db: sqlite3.Connection, name: str) -> Any:
-    row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
-    return row[0] if row else 0
-
-
-def _set(db: sqlite3.Connection, name: str, value: object) -> None:
-    db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, value))
-
-
-def _entries(db: sqlite3.Connection, condition: str = "TRUE", *values: object) -> dict[str, Entry]:
-    try:
-        query = f"SELECT {', '.join(_COLUMNS)} FROM entries WHERE {condition}"
-        rows = [dict(zip(_COLUMNS, row, strict=True)) for row in db.execute(query, values)]
-        made = [Entry(**{**r, "pinned": bool(r["pinned"]), "fields": json.loads(r["fields"])}) for r in rows]
-    except (ValueError, TypeError) as error:
-        raise sqlite3.DatabaseError(f"an entry is malformed: {error}") from error
-    return {entry.key: entry for entry in made}

@@ -111,7 +111,8 @@ class Store:
         expires = None if ttl is None else now + ttl
         data = pack(cache, title=title, created=now, expires=expires)
         size, fields = sum(map(len, data)), asdict(key)
-        self.flush()
+        if any(catalogue.asks(size) for catalogue in self.catalogues):
+            self.flush()  # what was used last must not be evicted
         entry = Entry(key.digest, size, len(cache.tokens), title, key.namespace, now, now, 0, False, expires, fields)
         for catalogue in self.catalogues:
             catalogue.next = entry
