@@ -65,7 +65,7 @@ def test_anchors_are_trained_and_served_alike(model_dir, tmp_path):
     settings = {"links": 1, "anchors": 2, "chunk": 4, "steps": 2, "micro_batch": 4}
     out = train(model_dir, tmp_path, samples[:8], samples[8:], **settings)
     _, metadata = checkpoint.read(out / "training" / "checkpoint.safetensors")
-    trained = json.loads(metadata["state"])["history"]["held_out"][-1][1]["loss"]
+    trained = json.loads(metadata["state"])["held_out"][-1][1]["loss"]
     engine = Engine.load(str(out), "anchors:links=1", "memory")
     tokens = engine.strategy.tokens
     assert (len(tokens.ids), len(tokens.anchors), tokens.chunk) == (4, 2, 4)
@@ -107,7 +107,7 @@ def test_lora_trains_additions_and_token_rows_and_is_merged(model_dir, tmp_path)
     rows = (before["model.embed_tokens.weight"] - after["model.embed_tokens.weight"]).abs().amax(1).nonzero()[:, 0]
     assert set(rows.tolist()) <= tokens.every
     _, metadata = checkpoint.read(out / "training" / "checkpoint.safetensors")
-    (_, first), *_, (_, last) = json.loads(metadata["state"])["history"]["held_out"]
+    (_, first), *_, (_, last) = json.loads(metadata["state"])["held_out"]
     assert last["loss"] < first["loss"]
 
 

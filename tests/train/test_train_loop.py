@@ -182,7 +182,7 @@ def test_two_processes_train_as_one(model_dir, tmp_path):
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5)
     losses = [
-        json.loads(checkpoint.read(out / "training" / "checkpoint.safetensors")[1]["state"])["history"]["losses"]
+        json.loads(checkpoint.read(out / "training" / "checkpoint.safetensors")[1]["state"])["losses"]
         for out in (one, tmp_path / "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -16,6 +16,7 @@ from kvilt.lab import pages
 from kvilt.lab.evaluate.metrics import normalise
 from kvilt.lab.evaluate.tasks.base import Sample, Task
 from kvilt.registry import build
+from kvilt.stores.disk import DiskStore
 from kvilt.stores.store import Store
 from kvilt.types import Document, Usage
 
@@ -42,10 +43,7 @@ class Row:
 def run(model: str, questions: int, on_progress: Callable[[int, int, str], None]) -> list[Row]:
     """Encode everything, and ask every question with every strategy; full recompute first."""
     asked, rows = _questions(questions), list[Row]()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(cast(Store, build("store", f"disk:path='{folder}'"))) as store,
-    ):
+    with tempfile.TemporaryDirectory() as folder, closing(DiskStore(folder)) as store:
         engines = _engines(model, store, on_progress)
         reference: list[str] = []
         for number, (name, engine) in enumerate(engines.items()):
@@ -113,4 +111,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.plot([100 * row.charged], [100 * row.right], "o", label=row.strategy)
     axes.set(xlabel="charged compute, % of full recompute", ylabel="answers right, %", xlim=(0, 105), ylim=(0, 105))
     axes.legend(fontsize=8)
-    pages.save(figure, path)
+    figure.savefig(path, dpi=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kvilt.errors import MissingExtra
@@ -30,9 +29,3 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     for one in [axes] if columns == 1 else axes:
         one.grid(alpha=0.3, which="both")
     return made, axes
-
-
-def save(drawn: Any, path: Path) -> Path:
-    """Write a figure as PNG."""
-    drawn.savefig(path, dpi=120)
-    return path

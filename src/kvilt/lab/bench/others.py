@@ -38,14 +38,10 @@ def decoding(subject: Subject, folder: Path, documents: int, tokens: int, repeat
             return seconds(lambda: generate(run, prompt, tokens, Settings.of(model.hf, exactly)))
 
     def plain() -> float:
-        options = {
-            **exactly,
-            "max_new_tokens": tokens,
-            "do_sample": False,
-            "past_key_values": _dynamic(model, len(prompt) - 1),
-        }
+        cache, ids = _dynamic(model, len(prompt) - 1), prompt[None].clamp(min=0).to(model.shape.device)
+        options = {**exactly, "max_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
         with _attention(model, "sdpa"):
-            return seconds(lambda: model.hf.generate(prompt[None].clamp(min=0).to(model.shape.device), **options))
+            return seconds(lambda: model.hf.generate(ids, **options))
 
     with closing(made.store):
         return {"context": len(prompt), "tokens": tokens, **_rates(ours, plain, tokens - 1, repeats)}

@@ -100,9 +100,7 @@ def named_subject(name: str, texts: Sequence[Document] = (), dtype: str = "auto"
     """A model by name, with texts of one's own, or those that ship with the package."""
     model, tokenizer = load_model(name, dtype, device)
     own = list(texts) or list(builtin.documents().values())
-    return Subject(
-        name, model, TextFormat.of(tokenizer), own, "What do the documents say about the first of these names?"
-    )
+    return Subject(name, model, TextFormat.of(tokenizer), own, "What is told of the first of these names?")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -112,9 +110,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", additional_special_tokens=reserved
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": reserved}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 def text_of(tokens: int, seed: int) -> str:

@@ -32,12 +32,12 @@ def take_turns(
     """Each contestant `repeats` times, one after the other, so that a noisy minute hits all of them alike.
 
     Those named in `once` take part in the first round only."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats):
         for name, measure in contestants.items():
             if turn == 0 or name not in once:
-                found[name].append(measure())
-    return found
+                times[name].append(measure())
+    return times
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -48,14 +48,9 @@ def summary(values: list[float]) -> dict[str, float]:
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "cpu": _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    parts = {"cpu": _cpu_name(), "threads": str(torch.get_num_threads()), "gpu": gpu}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**parts, **versions, "python": platform.python_version()}
 
 
 def _cpu_name() -> str:

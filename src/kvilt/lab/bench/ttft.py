@@ -19,7 +19,7 @@ from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
 from kvilt.lab.bench.subject import DOCUMENT_TOKENS, Subject
 from kvilt.lab.bench.timing import seconds, summary, take_turns
-from kvilt.lab.pages import figure, markdown, save
+from kvilt.lab.pages import figure, markdown
 from kvilt.model.model import Model
 from kvilt.plan import Plan
 from kvilt.registry import build
@@ -51,9 +51,8 @@ def run(
     context, s = subject.model.context_length, subject.model.shape
     fitting = [n for n in counts if (n + 1) * DOCUMENT_TOKENS <= context]
     if len(fitting) < len(counts):
-        note(
-            f"the context of {subject.name} holds {context} tokens: at most {context // DOCUMENT_TOKENS - 1} documents."
-        )
+        most = context // DOCUMENT_TOKENS - 1
+        note(f"the context of {subject.name} holds {context} tokens: at most {most} documents.")
     if not fitting:
         raise UserError(f"{min(counts)} documents of {DOCUMENT_TOKENS} tokens: the context holds {context} tokens.")
     points, specs = [], list(dict.fromkeys(["full", *strategies]))
@@ -167,9 +166,8 @@ def _cells(context: int, name: str, row: dict[str, Any]) -> list[str]:
     head = [str(context), name.split(":wrapper")[0], str(taken["n"]), f"{taken['median']:.3f}", share]
     if "floor_s" not in row:
         return [*head, "", "", "", ""]
-    return [
-        *head, f"{row['floor_s']:.3f}", f"{row['of_floor']:.2f}", str(row["computed_tokens"]), f"{row['bytes'] / 1e6:.0f}"
-    ]  # fmt: skip
+    costs = [f"{row['floor_s']:.3f}", f"{row['of_floor']:.2f}", str(row["computed_tokens"])]
+    return [*head, *costs, f"{row['bytes'] / 1e6:.0f}"]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -184,4 +182,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")
     axes.set_title(f"{result['shape']}, {result['dtype']}, {result['device']} (dotted: floor)")
     axes.legend()
-    save(drawn, path)
+    drawn.savefig(path, dpi=120)

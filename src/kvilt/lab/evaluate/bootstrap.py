@@ -14,6 +14,9 @@ _CHUNK = 1 << 22  # draws held in memory at a time
 _Z2 = 1.959964**2  # the 97.5 % point of the normal distribution, squared
 
 
+Groups = Sequence[str] | None  # to which group each sample belongs
+
+
 class Interval(NamedTuple):
     """A value with its 95 % interval."""
 
@@ -22,9 +25,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(
-    pairs: Sequence[Pair], groups: Sequence[str] | None = None, seed: int = 0, resamples: int = 2000
-) -> Interval:
+def interval(pairs: Sequence[Pair], groups: Groups = None, seed: int = 0, resamples: int = 2000) -> Interval:
     """The ratio of sums of one strategy's (numerator, denominator) pairs.
 
     Samples of one group (the same question at ten gold positions) are drawn together."""
@@ -37,7 +38,7 @@ def interval(
 
 
 def difference(
-    a: Sequence[Pair], b: Sequence[Pair], groups: Sequence[str] | None = None, seed: int = 0, resamples: int = 2000
+    a: Sequence[Pair], b: Sequence[Pair], groups: Groups = None, seed: int = 0, resamples: int = 2000
 ) -> Interval:
     """The score of `a` minus the score of `b`, both on the same samples in the same order."""
     sums = _group_sums(np.hstack([np.asarray(a, dtype=float), np.asarray(b, dtype=float)]), groups)
@@ -45,7 +46,7 @@ def difference(
     return _interval(_ratio(total[:2]) - _ratio(total[2:]), _ratio(drawn[:, :2]) - _ratio(drawn[:, 2:]))
 
 
-def _group_sums(columns: NDArray[np.float64], groups: Sequence[str] | None) -> NDArray[np.float64]:
+def _group_sums(columns: NDArray[np.float64], groups: Groups) -> NDArray[np.float64]:
     if groups is None:
         return columns
     names, index = np.unique(np.asarray(groups), return_inverse=True)

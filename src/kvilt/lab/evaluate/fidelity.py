@@ -27,9 +27,8 @@ class Following(Run):
         ahead = [run.peek(torch.tensor(self.draft[:-1]))] if len(self.draft) > 1 else []
         self.scores = torch.cat([run.logits[None], *ahead])
         self.given, self._at, self._left = [run.logits[None]], 0, not ahead
-        self.seconds = (
-            time.perf_counter() - began if bool(self.scores.isfinite().any()) else 0.0
-        )  # a CUDA device is done
+        float(self.scores[-1, 0])  # waits for a CUDA device
+        self.seconds = time.perf_counter() - began
 
     def step(self, token: Tensor) -> Tensor:
         """Append one token (1, 1); logits of the next, (1, vocab) float32."""

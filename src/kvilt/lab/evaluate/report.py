@@ -17,7 +17,7 @@ from kvilt.errors import UserError
 from kvilt.lab.evaluate.bootstrap import Interval, difference, interval
 from kvilt.lab.evaluate.metrics import Pair
 from kvilt.lab.evaluate.records import read, slug
-from kvilt.lab.pages import figure, markdown, save
+from kvilt.lab.pages import figure, markdown
 
 _ORDER = {"full": 0, "strategy": 1, "floor": 2}
 _COLUMNS = "strategy|{metric} [95 %]|− full [95 %]|kept %|agreement %|first token %|KL|charged|TTFT ms|kB read|n"
@@ -190,7 +190,8 @@ def plot(out_dir: str | Path) -> list[Path]:
         _draw(right, rows, [1000 * (r.median("usage", "ttft_s") or 0.0) for r in rows], "TTFT, median (ms)")
         left.set_ylabel(f"{rows[0].headline} (%)")
         right.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-        paths.append(save(drawn, Path(out_dir) / f"{slug(task)}.png"))
+        paths.append(Path(out_dir) / f"{slug(task)}.png")
+        drawn.savefig(paths[-1], dpi=120)
     return paths
 
 

@@ -25,10 +25,13 @@ from kvilt import registry
 from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
 from kvilt.lab.evaluate import fidelity, metrics
+from kvilt.lab.evaluate.fidelity import Following
 from kvilt.lab.evaluate.records import RecordFile, slug
 from kvilt.lab.evaluate.tasks.base import Sample, Task
 from kvilt.model.placing import Run
 from kvilt.types import Answer, Usage, digest_of
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,13 @@ def _shuffled(sample: Sample, seed: int) -> Sample:
 def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]) -> list[tuple[str, str, Engine]]:
     """(role, label, engine) of full recompute, the floor, and every other strategy with every compression."""
     full = engine.with_strategy("full", compress="")
-    chosen = {_row_key(full): ("full", "full", full), ("floor",): ("floor", "no documents", full)}
+    chosen = {(str(full.strategy), ""): ("full", "full", full), ("floor", ""): ("floor", "no documents", full)}
     for strategy in strategies:
         for compress in compressions:
             other = engine.with_strategy(strategy, compress)
             label = f"{strategy} + {compress}" if str(compress) else str(strategy)
-            chosen.setdefault(_row_key(other), ("strategy", label, other))
+            chosen.setdefault((str(other.strategy), str(other.compression)), ("strategy", label, other))
     return list(chosen.values())
-
-
-def _row_key(engine: Engine) -> tuple[str, ...]:
-    return str(engine.strategy), str(engine.compression)
 
 
 def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]:
@@ -142,14 +141,12 @@ def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]
         yield lane
 
 
-def _answer(
-    lane: Lane, sample: Sample, task: Task, full: dict[str, Any] | None = None
-) -> tuple[Answer, fidelity.Following]:
+def _answer(lane: Lane, sample: Sample, task: Task, full: Record | None = None) -> tuple[Answer, Following]:
     """The answer with every document at hand (what encoding costs is not part of a query), and the run behind it."""
-    runs: list[fidelity.Following] = []
+    runs: list[Following] = []
 
     def through(run: Run) -> Run:
-        runs.append(fidelity.Following(run, full["tokens"] if full else ()))
+        runs.append(Following(run, full["tokens"] if full else ()))
         return runs[-1]
 
     documents = [] if lane.role == "floor" else list(sample.documents)
@@ -163,14 +160,14 @@ def _answer(
     return replace(answer, usage=usage), runs[-1]
 
 
-def _of_full(usage: Usage, full: dict[str, Any], engine: Engine) -> Usage:
+def _of_full(usage: Usage, full: Record, engine: Engine) -> Usage:
     """The floor's compute in units of full recompute with the documents, as for every other row."""
     mine, whole = usage.computed_tokens, full["usage"]["computed_tokens"]
     linear = engine.info.linear_cost
     return replace(usage, charged=mine * (linear + (mine + 1) / 2) / (whole * (linear + (whole + 1) / 2)))
 
 
-def _closeness(task: Task, answer: Answer, full: dict[str, Any], scores: Tensor, wanted: Tensor) -> dict[str, Any]:
+def _closeness(task: Task, answer: Answer, full: Record, scores: Tensor, wanted: Tensor) -> dict[str, Any]:
     """Fidelity to full recompute on the same prompt; both logits are over full recompute's answer."""
     return {
         "agreement": fidelity.same_text(task.extract(full["text"]), task.extract(answer.text)),

@@ -28,18 +28,13 @@ class State:
     """How far a training is; the data's order follows from the step and the seed."""
 
     step: int = 0
-    best_step: int = 0
-    best: Fidelity | None = None
     losses: list[float] = field(default_factory=list)  # of every step
-    held_out: list[tuple[int, Fidelity]] = field(default_factory=list)
+    held_out: list[tuple[int, Fidelity]] = field(default_factory=list)  # steps and their results
 
-    def heard(self, fidelity: Fidelity) -> bool:
-        """Note a held-out result; whether it is the best so far."""
-        self.held_out.append((self.step, fidelity))
-        better = self.best is None or fidelity.loss < self.best.loss
-        if better:
-            self.best_step, self.best = self.step, fidelity
-        return better
+    @property
+    def best(self) -> tuple[int, Fidelity]:
+        """The step with the lowest held-out loss, and its result."""
+        return min(self.held_out, key=lambda entry: entry[1].loss)
 
     @property
     def history(self) -> dict[str, Any]:
@@ -47,10 +42,10 @@ class State:
         return {"losses": self.losses, "held_out": [[step, asdict(f)] for step, f in self.held_out]}
 
     @classmethod
-    def of(cls, step: int, best_step: int, history: dict[str, Any]) -> State:
+    def read(cls, text: str) -> State:
         """The state that was written."""
-        held_out = [(s, Fidelity(**f)) for s, f in history["held_out"]]
-        return cls(step, best_step, dict(held_out)[best_step], history["losses"], held_out)
+        raw = json.loads(text)
+        return cls(raw["step"], raw["losses"], [(step, Fidelity(**f)) for step, f in raw["held_out"]])
 
 
 def claim(folder: Path, settings: Any, model: str, *data: str) -> None:
@@ -76,10 +71,9 @@ def save(folder: Path, state: State, parameters: dict[str, Tensor], optimizers: 
     for k, optimizer in enumerate(optimizers):
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{k}.{i}.{name}": value for name, value in moments.items()}
-    written = json.dumps({"step": state.step, "best_step": state.best_step, "history": state.history})
-    write(folder / CHECKPOINT, tensors, {"state": written})
+    write(folder / CHECKPOINT, tensors, {"state": json.dumps({"step": state.step, **state.history})})
     for file in folder.glob("best-*.safetensors"):
-        if file != best(folder, state.best_step):
+        if file != best(folder, state.best[0]):
             file.unlink()
 
 
@@ -94,7 +88,7 @@ def load(folder: Path, parameters: dict[str, Tensor], optimizers: list[torch.opt
             if kind == "optimizer" and number == str(k):
                 whole["state"].setdefault(int(place[0]), {})[place[1]] = value
         optimizer.load_state_dict(whole)
-    return State.of(**json.loads(metadata["state"]))
+    return State.read(metadata["state"])
 
 
 @torch.no_grad()
@@ -112,7 +106,7 @@ def best(folder: Path, step: int) -> Path:
 def steps_done(folder: Path) -> int:
     """The step that a run goes on from."""
     file = folder / CHECKPOINT
-    return int(json.loads(read(file, only=())[1]["state"])["step"]) if file.is_file() else 0
+    return State.read(read(file, only=())[1]["state"]).step if file.is_file() else 0
 
 
 def read(file: Path, only: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,17 @@ def sources_of(samples: Sequence[Sample] | Sequence[Source]) -> tuple[Source, ..
     if any(s.weight < 0 for s in every):
         raise TrainError("the weight of a source must not be negative.")
     return every
+
+
+def check_samples(samples: Iterable[Sample], answers: bool, standard: bool = False) -> None:
+    """Raise TrainError for samples without answers where they are needed, or without documents to reuse.
+
+    With `standard`, samples that are read with full attention may be among them."""
+    for s in samples:
+        if not (standard and not s.reuse) and (not s.documents or s.plain or not s.reuse):
+            raise TrainError(f"{s.where}: no documents to reuse.")
+        if answers and not s.answers:
+            raise TrainError(f'{s.where}: no answer to learn from: add "answers": [...].')
 
 
 def held_apart(

@@ -182,13 +182,11 @@ def collate(rows: Sequence[Row]) -> Batch:
     for i, row in enumerate(rows):
         first = longest - len(row.tokens)
         mask[i, 0, first:, first:] = row.mask
-    return Batch(
-        torch.stack([_left(r.tokens, longest, 0) for r in rows]),
-        torch.stack([_left(r.positions, longest, 0) for r in rows]),
-        mask,
-        torch.stack([_left(r.labels, answer, IGNORE) for r in rows]),
-        torch.stack([_left(_roles(r), longest, 0) for r in rows]),
+    columns = (
+        (_left(r.tokens, longest, 0), _left(r.positions, longest, 0), _left(_roles(r), longest, 0)) for r in rows
     )
+    tokens, positions, roles = map(torch.stack, zip(*columns, strict=True))
+    return Batch(tokens, positions, mask, torch.stack([_left(r.labels, answer, IGNORE) for r in rows]), roles)
 
 
 def _left(values: Tensor, size: int, fill: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,11 +81,9 @@ MIXTURE = dict(zip(KINDS, (10.0, 25.0, 5.0, 10.0, 30.0, 20.0), strict=True))  # 
 
 def source(spec: str, allowed: Sequence[str] = TRAIN_SPLITS) -> Source:
     """Read "[kind:]file[@weight]"; the kind is qa unless given."""
-    path, at, weight = spec.rpartition("@")
-    path, number = (path, weight) if at and _number(weight) is not None else (spec, "")
-    kind, colon, rest = path.partition(":")
-    kind, path = (kind, rest) if colon and kind in KINDS else ("qa", path)
-    return Source(read(path, KINDS[kind], allowed), _number(number) or 0.0, kind)
+    known = "|".join(KINDS)
+    kind, path, weight = re.findall(rf"^(?:({known}):)?(.*?)(?:@([0-9.]+))?$", spec, re.DOTALL)[0]
+    return Source(read(path, KINDS[kind or "qa"], allowed), float(weight or 0), kind or "qa")
 
 
 def weighted(sources: Sequence[Source], weights: dict[str, float]) -> tuple[Source, ...]:
@@ -92,10 +91,3 @@ def weighted(sources: Sequence[Source], weights: dict[str, float]) -> tuple[Sour
     sizes = {s.name: sum(len(o.samples) for o in sources if o.name == s.name and not o.weight) for s in sources}
     free = {s.name: weights.get(s.name, 0.0) / max(1, sizes[s.name]) for s in sources}
     return tuple(s if s.weight else replace(s, weight=free[s.name] * len(s.samples)) for s in sources)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

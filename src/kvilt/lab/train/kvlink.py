@@ -13,7 +13,7 @@ import torch
 from kvilt.engine.text import TextFormat
 from kvilt.errors import TrainError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, sources_of
+from kvilt.lab.train.data import Pick, Sample, Source, check_samples, draw, held_apart, sources_of
 from kvilt.lab.train.dense import merged, parts_of, row_of
 from kvilt.lab.train.loop import Example, Loop, Report, Run, Settings
 from kvilt.lab.train.packet import TRAINING
@@ -64,11 +64,6 @@ class KVLinkConfig(Settings):
             "dtype": SHORT.get(self.dtype, self.dtype) not in ("auto", "float32", "bfloat16"),
         }
 
-    def half(self, device: torch.device) -> torch.dtype | None:
-        """The dtype of the passes, where it is not float32."""
-        kind, _ = choose_dtype(self.dtype, torch.bfloat16, device)
-        return None if kind == torch.float32 else kind
-
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -116,7 +111,7 @@ def train_kvlink(
     anything is trained."""
     out, sources, c = Path(out), sources_of(samples), config
     c.check()
-    _check_samples([*(s for source in sources for s in source.samples), *(held_out or ())])
+    check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], True, standard=True)
     sources, tests = held_apart(sources, held_out, c.held_out, c.held_out_limit, c.seed)
     every = (*sources, tests)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -126,20 +121,13 @@ def train_kvlink(
     examples = _examples(loaded, tokenizer, tokens, every, c)
     examples.check()
     checkpoint.claim(out / TRAINING, c, loaded.digest, *(s.digest for source in every for s in source.samples))
-    half, ids = c.half(loaded.shape.device), sorted(tokens.every)
+    kind, _ = choose_dtype(c.dtype, torch.bfloat16, loaded.shape.device)
+    half, ids = None if kind == torch.float32 else kind, sorted(tokens.every)
     trained = LowRank(loaded, c.lora, ids, half=half, seed=c.seed) if c.lora else Weights(loaded, half)
     Loop(Run(c, trained, every, 1 << 30, examples, examples.size, out / TRAINING, on_progress)).train()
     if os.environ.get("RANK", "0") == "0":
         _write(trained, tokenizer, tokens, out)
     return out
-
-
-def _check_samples(samples: Sequence[Sample]) -> None:
-    for s in samples:
-        if not s.answers:
-            raise TrainError(f'{s.where}: no answer: KVLink learns from answers; add "answers": [...].')
-        if s.reuse and not s.documents:
-            raise TrainError(f"{s.where}: no documents to reuse.")
 
 
 def _tokens(hf: Any, tokenizer: Any, c: KVLinkConfig) -> LinkTokens:

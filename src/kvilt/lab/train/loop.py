@@ -74,7 +74,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: `step` of `steps`, the last loss and held-out result, and about how long it will take."""
+    """Where a training stands: `step` of `steps`, the last loss, the best held-out result, and about how long it will take."""
 
     stage: str  # "questions", "teacher" or "train"
     step: int
@@ -171,13 +171,13 @@ class Loop:
                 spent = (time.monotonic() - began) / (self.state.step - first)
                 self._report(0.0 if self._over() else spent * (self.c.steps - self.state.step))
         if self.rank == 0:
-            values, _ = checkpoint.read(checkpoint.best(self.run.folder, self.state.best_step))
+            values, _ = checkpoint.read(checkpoint.best(self.run.folder, self.state.best[0]))
             checkpoint.fill(self.run.trained.parameters, values)
         return self.state
 
     def _over(self) -> bool:
         state, c = self.state, self.c
-        return state.step >= c.steps or state.step - state.best_step >= c.patience * c.evaluate_every
+        return state.step >= c.steps or state.step - state.best[0] >= c.patience * c.evaluate_every
 
     def _step(self) -> None:
         """One update from one batch."""
@@ -197,9 +197,8 @@ class Loop:
         mean = float(sums[0] / sums[1])
         if not math.isfinite(mean) or not torch.isfinite(norm):
             self._save()
-            raise TrainError(
-                f"step {state.step + 1}: the loss or its gradient is not a number. {CHECKPOINT} holds step {state.step}."
-            )
+            kept = f"{CHECKPOINT} holds step {state.step}"
+            raise TrainError(f"step {state.step + 1}: the loss or its gradient is not a number. {kept}.")
         for optimizer in self.optimizers:
             for options in optimizer.param_groups:
                 options["lr"] = c.lr * c.rate(state.step)
@@ -223,7 +222,8 @@ class Loop:
         if not torch.isfinite(sums).all():
             before = f"{CHECKPOINT} holds an earlier step" if self.state.step else "check the model's weights and dtype"
             raise TrainError(f"step {self.state.step}: the held-out loss is not a number: {before}.")
-        if self.state.heard(fidelity(sums)) and self.rank == 0:
+        self.state.held_out.append((self.state.step, fidelity(sums)))
+        if self.state.best[0] == self.state.step and self.rank == 0:
             checkpoint.write(checkpoint.best(self.run.folder, self.state.step), self.run.trained.parameters)
         self._save()
 
@@ -234,9 +234,9 @@ class Loop:
 
     def _report(self, left: float) -> None:
         s, loss = self.state, self.state.losses[-1] if self.state.losses else math.nan
-        held_out = s.held_out[-1][1] if s.held_out else None
+        step, held_out = s.best if s.held_out else (0, None)
         if self.rank == 0:
-            self.run.report(Progress("train", s.step, self.c.steps, left, loss, held_out, s.best_step))
+            self.run.report(Progress("train", s.step, self.c.steps, left, loss, held_out, step))
 
 
 def joined() -> tuple[int, int]:

@@ -29,11 +29,9 @@ class TopK:
     @classmethod
     def pad(cls, several: Sequence[TopK], length: int) -> TopK:
         """Several answers (tokens, k) as one (batch, length, k), aligned at their ends."""
-        padded = [
-            (F.pad(t.ids, (0, 0, n, 0)), F.pad(t.logp, (0, 0, n, 0)), F.pad(t.rest, (n, 0)))
-            for t, n in ((t, length - len(t.ids)) for t in several)
-        ]
-        return cls(*map(torch.stack, zip(*padded, strict=True)))
+        sized = [(t, length - len(t.ids)) for t in several]
+        wide = [(F.pad(t.ids, (0, 0, n, 0)), F.pad(t.logp, (0, 0, n, 0)), F.pad(t.rest, (n, 0))) for t, n in sized]
+        return cls(*map(torch.stack, zip(*wide, strict=True)))
 
     def to(self, device: torch.device) -> TopK:
         """The same on another device."""

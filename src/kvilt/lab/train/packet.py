@@ -13,7 +13,7 @@ import torch
 from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError, WrapperError
 from kvilt.lab.train import checkpoint
-from kvilt.lab.train.data import Pick, Sample, Source, draw, held_apart, sources_of
+from kvilt.lab.train.data import Pick, Sample, Source, check_samples, draw, held_apart, sources_of
 from kvilt.lab.train.dense import Parts, parts_of, row_of
 from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings
 from kvilt.lab.train.questions import with_questions
@@ -71,7 +71,7 @@ def train_packet(
     config.check()
     c, folder, sources = config, Path(out) / TRAINING, sources_of(samples)
     c = replace(c, lr=c.lr or engine.info.embedding_stats[1] / 20)
-    _check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], c)
+    check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], c.answers == "data")
     on_progress(Progress("questions", 0, 1))
     if held_out is not None:
         held_out = with_questions(engine, [Source(tuple(held_out))], folder / "held-out", c.seed)[0].samples
@@ -101,7 +101,9 @@ def _run(
 
     def size(pick: Pick) -> int:
         if pick not in prompts:
-            prompts[pick] = _draw(engine, sources, pick, c)
+            sample = sources[pick.source].samples[pick.index]
+            drawn = draw(sample, pick.view, c.seed, c.fewest, free=c.answers == "teacher")
+            prompts[pick] = parts_of(engine.text, drawn)
         return prompts[pick].size
 
     run = Run(c, trained, sources, c.views, example, size, folder, report)
@@ -119,19 +121,6 @@ def _run(
     teacher = Teacher(engine.model, folder / "teacher", c.answer_tokens, c.top_k, c.answers == "teacher")
     targets.update(zip(every, teacher.targets([prompts[p] for p in every], asked), strict=True))
     return run
-
-
-def _check_samples(samples: Sequence[Sample], c: PacketConfig) -> None:
-    for s in samples:
-        if not s.documents or s.plain or not s.reuse:
-            raise TrainError(f"{s.where}: no documents to reuse: a wrapper is trained on questions over documents.")
-        if c.answers == "data" and not s.answers:
-            raise TrainError(f'{s.where}: no answer, but answers=data trains on the data\'s: add "answers": [...].')
-
-
-def _draw(engine: Engine, sources: Sequence[Source], pick: Pick, c: PacketConfig) -> Parts:
-    sample = sources[pick.source].samples[pick.index]
-    return parts_of(engine.text, draw(sample, pick.view, c.seed, c.fewest, free=c.answers == "teacher"))
 
 
 def _check_lengths(engine: Engine, prompts: Iterable[Parts], strategy: KVPacket, c: PacketConfig) -> None:
@@ -173,6 +162,6 @@ def _making(engine: Engine, run: Run, state: checkpoint.State, data: dict[str, i
         "vectors": json.dumps(sizes),
         "config": json.dumps(asdict(run.settings)),
         "data": json.dumps(data),
-        "best": json.dumps({"step": state.best_step, **(asdict(state.best) if state.best else {})}),
+        "best": json.dumps({"step": state.best[0], **asdict(state.best[1])}),
         "history": json.dumps(state.history),
     }

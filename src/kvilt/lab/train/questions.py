@@ -26,21 +26,19 @@ def with_questions(engine: Engine, sources: Sequence[Source], folder: Path, seed
     """Give every sample that has no question one of the model's own, kept in `folder` for inspection and the next run.
 
     Raises TrainError when the model asks nothing at all."""
-    files = (folder / f"questions-{i}.jsonl" for i in range(len(sources)))
-    return tuple(
-        _asked(engine, s, file, f"{seed}/{i}") for i, (s, file) in enumerate(zip(sources, files, strict=False))
-    )
+    return tuple(_asked(engine, s, folder, seed, i) for i, s in enumerate(sources))
 
 
-def _asked(engine: Engine, source: Source, memo: Path, seed: str) -> Source:
+def _asked(engine: Engine, source: Source, folder: Path, seed: int, number: int) -> Source:
+    memo = folder / f"questions-{number}.jsonl"
     bare = [s for s in source.samples if not s.question and not s.plain]
     if not bare:
         return source
-    grouped, known = _grouped(bare, random.Random(f"group/{seed}")), _known(memo)
+    grouped, known = _grouped(bare, random.Random(f"group/{seed}/{number}")), _known(memo)
     for first in range(0, len(grouped), BATCH):
         batch = grouped[first : first + BATCH]
         if not all(s.digest in known for s in batch):
-            asked = zip(batch, _ask(engine, batch, f"{seed}/{first}"), strict=True)
+            asked = zip(batch, _ask(engine, batch, f"{seed}/{number}/{first}"), strict=True)
             known |= {s.digest: question for s, question in asked}
             memo.parent.mkdir(parents=True, exist_ok=True)
             with replacing(memo) as file:

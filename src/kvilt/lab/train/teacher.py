@@ -83,9 +83,8 @@ class Teacher:
     @torch.no_grad()
     def _answer(self, prompts: Sequence[Parts]) -> None:
         tensors: dict[str, Tensor] = {}
-        for prompt, (answer, top) in zip(
-            prompts, self._own(prompts) if self.own else self._given(prompts), strict=True
-        ):
+        said = self._own(prompts) if self.own else self._given(prompts)
+        for prompt, (answer, top) in zip(prompts, said, strict=True):
             values = zip(PARTS, (answer, top.ids.int(), top.logp, top.rest), strict=True)
             tensors |= {f"{self._name(prompt)}.{part}": value for part, value in values}
         file = self.folder / f"{digest_of(*map(self._name, prompts))[:32]}.safetensors"
@@ -96,9 +95,8 @@ class Teacher:
         """Greedy answers, with the distributions that they were picked from."""
         steps: list[TopK] = []
         rows = [row_of(FULL, p, torch.empty(0, dtype=torch.long)) for p in prompts]
-        answers = generate(
-            self.model, rows, self.answer_tokens, on_logits=lambda logits: steps.append(self._top(logits))
-        )
+        keep = lambda logits: steps.append(self._top(logits))  # noqa: E731
+        answers = generate(self.model, rows, self.answer_tokens, on_logits=keep)
         ids, logp, rest = (torch.stack([getattr(s, name) for s in steps], 1) for name in PARTS[1:])
         return [(a, TopK(ids[i, : len(a)], logp[i, : len(a)], rest[i, : len(a)])) for i, a in enumerate(answers)]
 

@@ -82,23 +82,20 @@ class LowRank(Trained):
         half: torch.dtype | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(model, {}, half)
-        self.ids, self.where, self._felt = list(ids), where, None
+        self.ids, self.where = list(ids), where
+        self._felt: Tensor | None = None  # (batch, rows, 1) bool: where the additions act
         self._modules = {n: m for n, m in projections(model.hf).items() if not only or n.rpartition(".")[2] in only}
         self._hooks = [m.register_forward_hook(functools.partial(self._add, n)) for n, m in self._modules.items()]
         drawn, device = torch.Generator().manual_seed(seed), model.shape.device  # the same in every process
         for name, module in self._modules.items():
             bound = module.in_features**-0.5
             a = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=drawn)
-            self.parameters |= {
-                f"{name}.A": a.to(device),
-                f"{name}.B": torch.zeros(module.out_features, rank).to(device),
-            }
+            self.parameters[f"{name}.A"] = a.to(device)
+            self.parameters[f"{name}.B"] = torch.zeros(module.out_features, rank, device=device)
         if self.ids:
             self.parameters["rows"] = model.hf.get_input_embeddings().weight.detach()[self.ids].float().clone()
             self._place = torch.zeros(model.hf.get_input_embeddings().weight.shape[0], dtype=torch.long)
             self._place[self.ids] = -1 - torch.arange(len(self.ids))
-
-    _felt: Tensor | None
 
     def logits(self, batch: Batch) -> Tensor:
         """Float32 logits; only the rows that `where` names are changed."""

@@ -27,9 +27,8 @@ class Builtin(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.kind in ("all", *KINDS), f"builtin: kind must be all or one of {', '.join(KINDS)}, not {self.kind!r}."
-        )
+        known = ("all", *KINDS)
+        require(self.kind in known, f"builtin: kind must be one of {', '.join(known)}, not {self.kind!r}.")
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -127,8 +127,6 @@ class NaturalQuestions(QATask):
         gold = next((p for p in item.passages if p.gold), None)
         others = tuple(p for p in item.passages if not p.gold)[: count - 1]
         if gold is None or len(others) < count - 1:
-            raise DocumentError(
-                f"nq question {item.id}: needs one gold passage and {count - 1} others, "
-                f"has {int(gold is not None)} and {len(others)}. Set documents= to what the file holds."
-            )
+            has = f"has {int(gold is not None)} and {len(others)}. Set documents= to what the file holds."
+            raise DocumentError(f"nq question {item.id}: needs one gold passage and {count - 1} others, {has}")
         return gold, others

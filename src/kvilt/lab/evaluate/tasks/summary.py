@@ -66,11 +66,8 @@ class SummaryTask(Task):
     def _read(self, source: Iterator[Row]) -> Iterator[Pair]:
         text, summary = self.FIELDS
         for row in source:
-            yield Pair(
-                row.name(self.NAME),
-                self.clean(_text(row, text, self.NAME)),
-                _text(row, summary, self.NAME).lstrip("– ").strip(),
-            )
+            wanted = _text(row, summary, self.NAME).lstrip("– ").strip()
+            yield Pair(row.name(self.NAME), self.clean(_text(row, text, self.NAME)), wanted)
 
     @abc.abstractmethod
     def clean(self, text: str) -> str:
