@@ -57,7 +57,7 @@ def test_killed_at_random_moments(processes: Processes, model_dir: Path, tmp_pat
 
 def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: Path) -> None:
     """Danger: Ctrl-C loses what was encoded, or ends in a traceback."""
-    write_documents(tmp_path / "docs", COUNT, words=60)
+    write_documents(tmp_path / "docs", 4 * COUNT, words=60)
     command = ("encode", tmp_path / "docs", "--model", model_dir, "--store", f"disk:path={tmp_path / 'store'}")
     process = processes.start(*command)
     wait_for(lambda: len(stored(tmp_path / "store")) > 3)
@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_progress(processes: Processes, model_dir: Path, tmp_path: 
     assert "Run the same command again" in process.stderr
     assert "Traceback" not in process.stderr
     found = len(stored(tmp_path / "store"))
-    assert 3 < found < COUNT
+    assert 3 < found < 4 * COUNT
     again = processes.start(*command, "--json")
     assert again.wait() == 0, again.stderr
     assert json.loads(again.stdout)["present"] == found

@@ -84,8 +84,8 @@ def examine_store(store: Store) -> list[Finding]:
     if not places:
         text = "this store forgets everything when the process ends."
         return [Finding("note", text, "Keep caches on a disk: --store disk.")]
-    found = [finding for path in places for finding in (_writable(path), *_aside(path))]
-    return [*found, *_damaged(store), *_catalogue(store)]
+    findings = [finding for path in places for finding in (_writable(path), *_aside(path))]
+    return [*findings, *_damaged(store), *_catalogue(store)]
 
 
 def _writable(path: Path) -> Finding:
