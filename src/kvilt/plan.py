@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvilt.types import DocumentCache, Prompt
+from kvilt.types import DocumentCache, Prompt, cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,7 @@ class Segment:
     def length(self) -> int:
         return len(self.tokens)
 
-    @functools.cached_property
+    @cached
     def stored(self) -> Tensor:
         """Which places have a row in the cache, (length,) bool."""
         mask = torch.zeros(self.length, dtype=torch.bool)
@@ -34,19 +33,19 @@ class Segment:
             mask[self.cache.offsets] = True
         return mask
 
-    @functools.cached_property
+    @cached
     def computed(self) -> Tensor:
         """Which places are computed, (length,) bool."""
         if self.fresh is not None:
             return self.fresh
         return torch.full((self.length,), self.cache is None)
 
-    @functools.cached_property
+    @cached
     def reused(self) -> Tensor:
         """Which places are reused, (length,) bool; a pruned place is neither reused nor computed."""
         return self.stored & ~self.computed
 
-    @functools.cached_property
+    @cached
     def places(self) -> Tensor:
         """The places that have a row when the plan is run, ascending."""
         return (self.stored | self.computed).nonzero()[:, 0]
@@ -99,23 +98,23 @@ class Plan:
         """The first free position: where the answer begins."""
         return max(s.start + s.length for s in self.segments)
 
-    @functools.cached_property
+    @cached
     def positions(self) -> Tensor:
         """Position of every row, (rows,)."""
         return torch.cat([s.start + s.places for s in self.segments])
 
-    @functools.cached_property
+    @cached
     def bases(self) -> list[int]:
         """First row of every segment."""
         sizes = [0, *(len(s.places) for s in self.segments)]
         return torch.tensor(sizes).cumsum(0)[:-1].tolist()
 
-    @functools.cached_property
+    @cached
     def computed_rows(self) -> Tensor:
         """Rows that the pass computes, ascending, (computed,)."""
         return torch.cat([s.computed[s.places] for s in self.segments]).nonzero()[:, 0]
 
-    @functools.cached_property
+    @cached
     def computed_tokens(self) -> Tensor:
         """Tokens that the pass computes, in row order, (computed,)."""
         return torch.cat([s.tokens[s.computed] for s in self.segments])
@@ -129,19 +128,19 @@ class Plan:
         """The places of a segment whose stored rows the pass needs, (length,) bool."""
         return segment.stored if self.blend < 1 else segment.reused
 
-    @functools.cached_property
+    @cached
     def blended(self) -> Tensor | None:
         """Computed tokens whose fresh rows are mixed with their stored ones, (computed,) bool; None: `blend` is 1."""
         return torch.cat([s.stored[s.computed] for s in self.segments]) if self.blend < 1 else None
 
-    @functools.cached_property
+    @cached
     def context_rows(self) -> Tensor | None:
         """Rows that `context` acts on, (rows,) bool; None where attention is plain."""
         if self.context in (None, ContextScaling()):
             return None
         return torch.cat([s.reused[s.places] & (s.name == "document") for s in self.segments])
 
-    @functools.cached_property
+    @cached
     def is_suffix(self) -> bool:
         """Whether every computed token stands after every reused one, in rows and in position.
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from blake3 import blake3
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def cached(function: Callable[[Any], T]) -> functools.cached_property[T]:
+    """A property that is computed once, without the lock of Python 3.11: a forked child may find it locked for ever."""
+    made = functools.cached_property(function)
+    vars(made)["lock"] = contextlib.nullcontext()
+    return made
 
 
 def digest_of(*parts: bytes | str | Tensor) -> str:
@@ -56,14 +67,14 @@ class Encoding:
     chunk: int = 0
     anchors: tuple[int, ...] = ()
 
-    @functools.cached_property
+    @cached
     def digest(self) -> str:
         """Content digest of everything that shapes the document's cache; vectors that stand elsewhere are left out."""
         frame = [self.before, self.after, self.keep, *([self.chunk, self.anchors] if self.chunk else [])]
         around = [-1 - i for i in (*self.before, *self.after) if i < 0]
         return digest_of(json.dumps(frame), b"" if self.learned is None else self.learned[around].float())
 
-    @functools.cached_property
+    @cached
     def label(self) -> str:
         """The encoding as cache keys name it, in words for people and with its digest: "plain", "43 before 1a2b..."."""
         around = [f"{len(ids)} {where}" for ids, where in ((self.before, "before"), (self.after, "after")) if ids]
@@ -101,7 +112,7 @@ class CacheKey:
     tokens: str  # digest of the document's token ids
     namespace: str = "shared"  # a salt: what one namespace stores, no other finds
 
-    @functools.cached_property
+    @cached
     def digest(self) -> str:
         """The key as 64 hex digits; file names and indexes use it."""
         return digest_of(json.dumps(asdict(self), sort_keys=True))
@@ -147,12 +158,12 @@ class DocumentCache:
     dropped: int = 0
     chunks: Tensor | None = None  # (run,) int64
 
-    @functools.cached_property
+    @cached
     def placed_tokens(self) -> Tensor:
         """The token at each place of the document, (length,)."""
         return self.tokens[self.dropped : self.dropped + self.length]
 
-    @functools.cached_property
+    @cached
     def own_tokens(self) -> Tensor:
         """The document's tokens as the ordinary prompt has them, without learned vectors and anchors, (tokens,)."""
         own = self.placed_tokens >= 0

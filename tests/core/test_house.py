@@ -270,3 +270,9 @@ def test_the_readme_is_short() -> None:
     """Danger: the first page becomes the manual."""
     readme = ROOT / "README.md"
     assert not readme.exists() or len(readme.read_text("utf-8").splitlines()) <= MAX_README
+
+
+def test_no_property_takes_a_lock() -> None:
+    """Danger H1: a child is forked while another thread computes a cached property: in Python 3.11 it waits for ever."""
+    users = [p for p in FILES if "cached_property" in p.read_text("utf-8") and p.name != "types.py"]
+    assert not users, "use kvilt.types.cached"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import sys
@@ -16,7 +15,7 @@ from torch import Tensor
 from kvilt.engine.documents import document_of
 from kvilt.engine.vocabulary import TODAY, Vocabulary, difference, template_of
 from kvilt.errors import DocumentError, ModelError, PromptError, UserError
-from kvilt.types import Document
+from kvilt.types import Document, cached
 
 DEFAULT_SYSTEM = "Answer the question from the documents."
 RENDER_OPTIONS: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": f"{TODAY:%d %b %Y}"}
@@ -99,18 +98,18 @@ class TextFormat:
         if wrong := difference(self.tokenizer, self.vocabulary, theirs, torch.cat(ours).tolist(), exact):
             raise PromptError(wrong)
 
-    @functools.cached_property
+    @cached
     def _bos(self) -> list[int]:
         """What stands in front of everything; templates write their own."""
         bos = self.tokenizer.bos_token_id
         return [] if self.template or bos is None else [bos]
 
-    @functools.cached_property
+    @cached
     def _trims(self) -> bool:
         """Whether the template cuts the white space off that a message begins with."""
         return f"  {MARK}" not in self._spelled(self._asked(f"  {MARK}", "?"))
 
-    @functools.cached_property
+    @cached
     def tail(self) -> str:
         """What the template writes after the question."""
         return self._spelled(self._asked(MARK)).partition(MARK)[2]

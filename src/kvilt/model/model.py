@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
 from kvilt.rows.rows import TensorRows
-from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, digest_of
+from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
 
 OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
 SAMPLE = 16  # numbers of each tensor that are compared at every request
@@ -109,7 +108,7 @@ class Model:
             **more,
         )
 
-    @functools.cached_property
+    @cached
     def _embedding_stats(self) -> tuple[float, float]:
         weight = self.hf.get_input_embeddings().weight.detach().float()
         return float(weight.mean()), float(weight.std())

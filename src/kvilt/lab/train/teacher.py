@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from kvilt.lab.train.dense import Parts, Row, additive, collate, logits_of, row_
 from kvilt.lab.train.losses import TopK
 from kvilt.model.model import Model
 from kvilt.strategies.full import FullRecompute
-from kvilt.types import digest_of
+from kvilt.types import cached, digest_of
 
 FULL = FullRecompute()
 PARTS = ("answer", "ids", "logp", "rest")
@@ -67,7 +66,7 @@ class Teacher:
         on_progress(total, total)
         return [self._known[self._name(p)] for p in prompts]
 
-    @functools.cached_property
+    @cached
     def _settings(self) -> str:
         return f"{self.model.digest} {self.model.shape.dtype} {self.answer_tokens} {self.top_k} {self.own}"
 
