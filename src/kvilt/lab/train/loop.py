@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
@@ -22,6 +21,7 @@ from kvilt.lab.train.data import Pick, Source, schedule
 from kvilt.lab.train.dense import IGNORE, Row, collate
 from kvilt.lab.train.losses import Fidelity, TopK, fidelity, objective, tally
 from kvilt.lab.train.trained import Trained, optimizers, training
+from kvilt.types import cached
 
 SCHEDULES = ("linear", "cosine", "constant")
 SAVE_SECONDS = 300.0  # between checkpoints, where held-out results are further apart
@@ -109,12 +109,12 @@ class Run:
     folder: Path
     report: Report
 
-    @functools.cached_property
+    @cached
     def picks(self) -> list[Pick]:
         """Which sample is used when, batch after batch."""
         return schedule(self.sources[:-1], self.settings.steps * self.settings.batch, self.views, self.settings.seed)
 
-    @functools.cached_property
+    @cached
     def tests(self) -> list[Pick]:
         """The held-out samples, by size."""
         return sorted((Pick(len(self.sources) - 1, i, 0) for i in range(len(self.sources[-1].samples))), key=self.size)
