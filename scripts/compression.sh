@@ -1,6 +1,6 @@
 #!/bin/sh
 # The records behind benchmarks/compression.md: sh scripts/compression.sh RECORDS TRAINED [MODEL...]
-# TRAINED is the folder that recipes/builtin_methods.sh filled. A killed run goes on if repeated.
+# TRAINED is the folder that recipes/builtin/methods.sh filled. A killed run goes on if repeated.
 set -eu
 records=$1 trained=$2
 shift 2

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The records behind benchmarks/quality.md: sh scripts/quality.sh RECORDS TRAINED BABI [MODEL...]
-# TRAINED is the folder that recipes/builtin_methods.sh filled. A killed run goes on if repeated.
+# TRAINED is the folder that recipes/builtin/methods.sh filled. A killed run goes on if repeated.
 set -eu
 records=$1 trained=$2 babi=$3
 shift 3

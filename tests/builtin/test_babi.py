@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from world import babi
+
+from builtin.world import babi
 
 STORY = """1 Mary moved to the bathroom.
 2 Mary got the football there.

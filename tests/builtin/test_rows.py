@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-import builtin_rows as rows
-from world import contexts
-
+from builtin import rows
+from builtin.world import contexts
 from kvilt.lab.train.data import qa_sample, read
 
-RECIPE = Path(rows.__file__)
 
-
-def test_written_rows_are_read_by_the_trainers(tmp_path: Path) -> None:
+def test_written_rows_are_read_by_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: a row that `kvilt train` refuses shows after the data was made."""
-    made = [sys.executable, str(RECIPE), "--out", str(tmp_path), "--count", "20"]
-    subprocess.run(made, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["rows", "--out", str(tmp_path), "--count", "20"])
+    rows.main()
     counts = {p.name: len(read(p)) for p in tmp_path.iterdir()}
     assert set(counts) == {"biography.jsonl", "stories.jsonl", "copies.jsonl"}
     assert counts["stories.jsonl"] == 20

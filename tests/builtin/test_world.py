@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from world import contexts, stories, templates
-from world.samples import Sample
-from world.world import World, held_out
+
+from builtin.world import contexts, stories, templates
+from builtin.world.samples import Sample
+from builtin.world.world import World, held_out
 
 
 def made(split: str, count: int = 40) -> list[Sample]:

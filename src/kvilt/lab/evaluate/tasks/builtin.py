@@ -36,7 +36,7 @@ class Builtin(Task):
         return "accuracy", "f1"
 
     def _samples(self, split: str) -> Iterator[Sample]:
-        require(split == "test", "builtin: only the test split ships; recipes/builtin.py makes the others.")
+        require(split == "test", "builtin: only the test split ships; recipes/builtin makes the others.")
         papers = builtin.documents()
         for q in builtin.questions(None if self.kind == "all" else self.kind):
             documents = tuple(papers[name] for name in q["documents"])

@@ -6,12 +6,13 @@ import random
 from collections import defaultdict
 
 import torch
-from builtin_data import IGNORE, Encoder, Row, collate, mask
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
-from world import contexts, stories
-from world.samples import Sample
+
+from builtin.data import IGNORE, Encoder, Row, collate, mask
+from builtin.world import contexts, stories
+from builtin.world.samples import Sample
 
 
 def samples(seed: int, count: int) -> list[Sample]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from world import templates
-from world.samples import Page, Question, Sample
-from world.world import Entity, World
+from builtin.world import templates
+from builtin.world.samples import Page, Question, Sample
+from builtin.world.world import Entity, World
 
 PERSON_RELATIONS = ["born", "lives", "college", "field", "employer", "job", "hobby"]
 

@@ -1,4 +1,4 @@
-"""Train the built-in model: `python recipes/builtin.py --out DIR [--babi FOLDER]`; a killed run goes on if repeated."""
+"""Train the built-in model: `python -m builtin.train --out DIR [--babi FOLDER]` (in recipes/); a killed run goes on if repeated."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from builtin_data import Encoder, Mix, collate, mask, rows
-from builtin_eval import accuracy, logits, samples, table
-from builtin_init import build_in
-from builtin_optim import optimizers
-from builtin_tokenizer import SPECIALS, obtain
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from world import babi
-from world.contexts import Shape
-from world.samples import Sample
+
+from builtin.data import Encoder, Mix, collate, mask, rows
+from builtin.init import build_in
+from builtin.optim import optimizers
+from builtin.score import accuracy, logits, samples, table
+from builtin.tokenizer import SPECIALS, obtain
+from builtin.world import babi
+from builtin.world.contexts import Shape
+from builtin.world.samples import Sample
 
 SEED = 1
 LENGTH = 512

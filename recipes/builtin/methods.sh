@@ -1,12 +1,12 @@
 #!/bin/sh
-# What ships beside the built-in model, and what benchmarks/quality.md measures: sh recipes/builtin_methods.sh OUT BABI [NAME...]
+# What ships beside the built-in model, and what benchmarks/quality.md measures: sh recipes/builtin/methods.sh OUT BABI [NAME...]
 # NAME is one of the trainings below (default: all). A killed run goes on if repeated.
 set -eu
 out=$1 babi=$2
 shift 2
-here=$(dirname "$0")
-[ -d "$out/rows" ] || python "$here/builtin_rows.py" --out "$out/rows" --babi "$babi"
-[ -d "$out/few" ] || python "$here/builtin_rows.py" --out "$out/few" --babi "$babi" --count 1000
+export PYTHONPATH="$(dirname "$0")/..${PYTHONPATH:+:$PYTHONPATH}"
+[ -d "$out/rows" ] || python -m builtin.rows --out "$out/rows" --babi "$babi"
+[ -d "$out/few" ] || python -m builtin.rows --out "$out/few" --babi "$babi" --count 1000
 
 # Wrappers: the model is frozen, a teacher answers every prompt once, so a thousand rows of each kind are enough.
 wrapper() {

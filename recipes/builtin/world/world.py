@@ -6,7 +6,7 @@ import random
 import zlib
 from dataclasses import dataclass, field
 
-from world import words
+from builtin.world import words
 
 SPLITS = ("train", "test")
 

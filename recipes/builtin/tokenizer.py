@@ -9,9 +9,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
-from world import contexts, stories, words
-from world.babi import Sample
-from world.world import World
+
+from builtin.world import contexts, stories, words
+from builtin.world.babi import Sample
+from builtin.world.world import World
 
 VOCABULARY = 2048
 RESERVED = 96  # for link tokens (10 documents x 5), markers and whatever a later method needs

@@ -1,7 +1,7 @@
 """Put what was trained into the package.
 
-`python recipes/builtin_ship.py --model OUT/model` ships the base model with its documents and questions,
-`python recipes/builtin_ship.py --trained TRAINED` what recipes/builtin_methods.sh has made of it."""
+`python -m builtin.ship --model OUT/model` (in recipes/) ships the base model with its documents and questions,
+`python -m builtin.ship --trained TRAINED` what methods.sh has made of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world.collection import make, write
 
+from builtin.world.collection import make, write
 from kvilt.strategies.kvlink import DESCRIPTION
 
-PACKAGE = Path(__file__).parents[1] / "src" / "kvilt" / "builtin"
+PACKAGE = Path(__file__).parents[2] / "src" / "kvilt" / "builtin"
 LIMIT = 12_000_000  # bytes of weights that the package may carry, all models together
 CHECKPOINTS = {"kvlink0": "model-kvlink0", "kvlink5": "model-kvlink5"}
 WRAPPERS = {"packet": "kv_packet", "linked_tail": "linked_packet"}

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
+from builtin.world import contexts, stories
+from builtin.world.samples import Page, Sample
 from kvilt.builtin import Asked
-from world import contexts, stories
-from world.samples import Page, Sample
 
 SEED = 20_260
 

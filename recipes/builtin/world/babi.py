@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from world.samples import Page, Question, Sample
+from builtin.world.samples import Page, Question, Sample
 
 TASKS = (1, 2, 6, 9, 12, 15)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from world import words
-from world.samples import Page, Question, Sample
-from world.world import held_out
+from builtin.world import words
+from builtin.world.samples import Page, Question, Sample
+from builtin.world.world import held_out
 
 MOVES = ["went to", "walked to", "hurried to", "moved to", "returned to"]
 TAKES = ["picked up", "took", "grabbed", "got"]

@@ -1,4 +1,4 @@
-"""Training rows for the built-in model's methods: `python recipes/builtin_rows.py --out DIR [--babi FOLDER]`.
+"""Training rows for the built-in model's methods: `python -m builtin.rows --out DIR [--babi FOLDER]` (in recipes/).
 
 Writes biography.jsonl, stories.jsonl, babi.jsonl and copies.jsonl as `kvilt train` reads them, all of the training split."""
 
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from world import babi, contexts, stories
-from world.samples import Page, Question, Sample
+from builtin.world import babi, contexts, stories
+from builtin.world.samples import Page, Question, Sample
 
 SEED = 77  # the base model's own training draws from other seeds
 PAGES = 18  # documents of a sample at most: as many slots as the tokenizer's reserved tokens give five links each

@@ -6,11 +6,12 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from builtin_tokenizer import SYSTEM
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from world import contexts, stories, words
-from world.samples import Question, Sample
+
+from builtin.tokenizer import SYSTEM
+from builtin.world import contexts, stories, words
+from builtin.world.samples import Question, Sample
 
 IGNORE = -100
 FIELDS = ("ids", "position", "sample", "segment", "limit", "page", "label", "question", "value")
