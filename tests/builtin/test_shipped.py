@@ -54,7 +54,7 @@ def engines() -> Callable[[str, str], Engine]:
     [
         ("builtin", "full", "one_hop", 9),
         ("builtin", "full", "chunked", 9),
-        ("builtin", "kv_packet:wrapper='{}/kv_packet.safetensors'", "one_hop", 9),
+        ("builtin", "kv_packet:wrapper='{}/kv_packet.safetensors'", "one_hop", 8),
         ("builtin", "linked_packet:wrapper='{}/linked_packet.safetensors'", "two_hop", 8),
         ("builtin-kvlink5", "kvlink:links=5", "two_hop", 9),
         ("builtin-kvlink0", "kvlink:links=0", "one_hop", 9),
