@@ -17,10 +17,11 @@ from kvilt.engine.text import TextFormat
 from kvilt.model.model import Model
 from kvilt.plan import Layout, Plan
 from kvilt.registry import build
+from kvilt.rows import adapter
 from kvilt.rows.rows import TensorRows, whole
 from kvilt.stores.store import Store
 from kvilt.strategies.wrapper import Wrapper
-from kvilt.types import Answer, CacheKey, Document, DocumentCache, Encoding, Prompt, Rows, digest_of
+from kvilt.types import Adapter, Answer, CacheKey, Document, DocumentCache, Encoding, Prompt, Rows, digest_of
 
 TOLERANCE = 1e-4  # relative to the largest value, float32
 FIRST = len(zoo.SPECIAL)  # the first id that is a byte
@@ -33,7 +34,8 @@ DOCUMENTS = [
 QUESTION = "Where was Ada Lorn born?"
 
 
-# Every strategy in every shape that may matter: a new one is one line here. WRAPPER stands for a file of learned vectors.
+# Every strategy in every shape that may matter: a new one is one line here. WRAPPER stands for a file of learned vectors,
+# WRAPPER.lora for one of an adapter.
 MATRIX = [
     "full",
     "block",
@@ -71,6 +73,10 @@ MATRIX = [
     "sam_kv:init=4,local=4,block=4,layers=1-2,update=fusion,theta=0.4,sink=system",
     "turborag",
     "turborag:start=7,end=9,positions=composite",
+    "writer:adapter=WRAPPER.lora",
+    "writer:adapter=WRAPPER.lora,wrapper=WRAPPER",
+    "query_lora:adapter=WRAPPER.lora",
+    "query_lora:adapter=WRAPPER.lora,writer=WRAPPER.lora,wrapper=WRAPPER",
 ]
 
 
@@ -207,9 +213,21 @@ def off_dense(model: Model, plan: Plan) -> float:
     return off(model.score(plan), model.dense(plan.dense(), plan.learned))
 
 
+def lora(layers: int = 4, seed: int = 6, rank: int = 3, **kinds: tuple[int, int]) -> Adapter:
+    """Random low-rank changes of some matrices (kind: (in, out)), strong enough to show; as a file holds them."""
+    made = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for kind, (inside, out) in (kinds or {"self_attn.q_proj": (64, 64)}).items():
+        sizes = (layers, inside, rank), (layers, rank, out)
+        a, b = (torch.randn(size, generator=made) * 0.3 for size in sizes)
+        pairs[kind] = (a, b)
+    return Adapter(f"lora {seed} {sorted(pairs)}", pairs)
+
+
 def wrapper_file(folder: Path, links: int = 0) -> Path:
-    """Random learned vectors for the tiny models."""
+    """Random learned vectors for the tiny models, and beside them an adapter that fits every family."""
     path = folder / "wrapper.safetensors"
+    adapter.save(lora(), f"{path}.lora")
     made = torch.Generator().manual_seed(5)
     parts = [torch.randn(n, 64, generator=made) * 0.4 for n in (8, 8, links)]
     Wrapper(parts[0], parts[1], links=parts[2] if links else None).save(path)

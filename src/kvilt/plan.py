@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvilt.types import DocumentCache, Prompt, cached
+from kvilt.types import Adapter, DocumentCache, Prompt, cached
+
+ASKING = ("question", "answer")  # segments that a plan's `reader` acts on
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ class Dense:
     scaling: ContextScaling | None = None
     twins: Tensor | None = None  # of each computed row the encoded one that it is mixed with, or -1, (computed,)
     blend: float = 1.0
+    adapters: tuple[tuple[Adapter | None, Tensor], ...] = ()  # and the rows that each acts on, (rows,) bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,8 @@ class Plan:
     context: ContextScaling | None = None  # of the reused rows of segments named "document"
     note: str = ""  # why this plan, for the usage
     blend: float = 1.0
+    writer: Adapter | None = None  # that documents were encoded with
+    reader: Adapter | None = None  # that acts on the question and what follows it
 
     @property
     def end(self) -> int:
@@ -151,6 +156,11 @@ class Plan:
         in_order = len(computed) == len(self.computed_rows) and bool((computed.diff() > 0).all())
         return in_order and (first == 0 or int(reused.max()) < int(computed[0]))
 
+    @cached
+    def asking(self) -> Tensor:
+        """Computed tokens that `reader` acts on, (computed,) bool."""
+        return torch.cat([torch.full((int(s.computed.sum()),), s.name in ASKING) for s in self.segments])
+
     def visible(self) -> Tensor:
         """Which rows each computed token sees, (computed, rows) bool."""
         return self.positions[None] <= self.positions[self.computed_rows][:, None]
@@ -179,7 +189,9 @@ class Plan:
         if self.blended is not None:
             same = (segment[computed, None] == segment[None]) & (positions[computed, None] == positions[None]) & encoded
             twins = same.int().argmax(1).masked_fill(~self.blended, -1)
-        return Dense(tokens, positions, own | live, computed, context, self.context, twins, self.blend)
+        asking = torch.tensor([s.name in ASKING for s in self.segments])
+        adapters = (self.writer, encoded & documents[segment]), (self.reader, ~encoded & asking[segment])
+        return Dense(tokens, positions, own | live, computed, context, self.context, twins, self.blend, adapters)
 
     def dense_mask(self) -> Tensor:
         """The mask of `dense()`, (rows, rows) bool; every row sees itself."""

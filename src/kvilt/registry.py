@@ -29,6 +29,8 @@ TABLE: dict[str, dict[str, str]] = {
         "anchors": "kvilt.strategies.anchors:Anchors",
         "kv_packet": "kvilt.strategies.kv_packet:KVPacket",
         "linked_packet": "kvilt.strategies.linked_packet:LinkedPacket",
+        "writer": "kvilt.strategies.writer:Writer",
+        "query_lora": "kvilt.strategies.writer:QueryLoRA",
         "prompt_cache": "kvilt.strategies.prompt_cache:PromptCache",
         "epic": "kvilt.strategies.epic:Epic",
         "auto": "kvilt.strategies.auto:Auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -52,12 +52,25 @@ class Document:
 
 
 @dataclass(frozen=True, eq=False)
+class Adapter:
+    """Low-rank changes of a model's matrices that act only where somebody says so.
+
+    `matrices` holds for each kind of matrix ("self_attn.q_proj") two factors, stacked over layers: (layers, in, rank) and
+    (layers, rank, out); what is added to its output is x @ a @ b. `model` is the digest of the weights it was trained for."""
+
+    digest: str  # of the matrices
+    matrices: Mapping[str, tuple[Tensor, Tensor]]
+    model: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """What stands around a document while it is encoded, and whether its rows are kept.
 
     Ids below zero are learned vectors: id -1 is row 0 of `learned`, id -2 row 1, and so on. With `chunk` > 0, `anchors`
     follow every `chunk` tokens of the document, and their rows alone are kept of it; an incomplete last chunk gets its
-    share of them, rounded up.
+    share of them, rounded up. `adapter` acts on every token while documents are encoded, and nowhere else.
     """
 
     before: tuple[int, ...] = ()
@@ -66,19 +79,22 @@ class Encoding:
     learned: Tensor | None = None  # (vectors, hidden)
     chunk: int = 0
     anchors: tuple[int, ...] = ()
+    adapter: Adapter | None = None
 
     @cached
     def digest(self) -> str:
         """Content digest of everything that shapes the document's cache; vectors that stand elsewhere are left out."""
         frame = [self.before, self.after, self.keep, *([self.chunk, self.anchors] if self.chunk else [])]
         around = [-1 - i for i in (*self.before, *self.after) if i < 0]
-        return digest_of(json.dumps(frame), b"" if self.learned is None else self.learned[around].float())
+        vectors = b"" if self.learned is None else self.learned[around].float()
+        return digest_of(json.dumps(frame), vectors, *([self.adapter.digest] if self.adapter else []))
 
     @cached
     def label(self) -> str:
         """The encoding as cache keys name it, in words for people and with its digest: "plain", "43 before 1a2b..."."""
         around = [f"{len(ids)} {where}" for ids, where in ((self.before, "before"), (self.after, "after")) if ids]
         around += [f"{len(self.anchors)} anchors every {self.chunk}"] if self.chunk else []
+        around += ["adapted"] if self.adapter else []
         return f"{', '.join(around)}{' kept' if self.keep else ''} {self.digest}" if around else "plain"
 
     def anchors_of(self, tokens: int) -> int:

@@ -190,11 +190,11 @@ def _against_own(model: Model, plan: Plan) -> float:
     """How far a plan's logits are from an ordinary pass over all its tokens, with the model's own attention where it can."""
     tokens = torch.cat([s.tokens for s in plan.segments])
     positions = torch.cat([s.start + torch.arange(s.length) for s in plan.segments])
-    if torch.equal(positions, torch.arange(len(positions))):
+    if plan.reader is None and torch.equal(positions, torch.arange(len(positions))):
         text = tokens if plan.learned is None else model.embed(tokens, plan.learned)
         wanted = proof.logits(model.hf, text)[plan.positions[plan.computed_rows].to(model.shape.device)]
         return deviation(model.score(plan), wanted)
-    return _against_dense(model, plan)  # gaps or shared positions, of which a model's own attention knows nothing
+    return _against_dense(model, plan)  # gaps, shared positions, adapters: of those a model's own pass knows nothing
 
 
 def _against_dense(model: Model, plan: Plan) -> float:

@@ -142,16 +142,17 @@ class Identity:
     """What a model in memory is called in cache keys, whatever is done to it after it was loaded.
 
     `rope` is the digest of how keys are rotated, `dtype` the name of the dtype that documents are stored in: the checkpoint's
-    own. A model loaded from `folder` is called after its files for as long as its tensors are those that were loaded; any other
-    is called after its tensors. Adapters of peft that are active add their tensors and settings."""
+    own. A model loaded from `folder` is called after its files (`known`: something was merged into them, and what both
+    are called) for as long as its tensors are those that were loaded; any other is called after its tensors. Adapters of
+    peft that are active add their tensors and settings."""
 
-    def __init__(self, hf: nn.Module, folder: Path | None = None) -> None:
+    def __init__(self, hf: nn.Module, folder: Path | None = None, known: str = "") -> None:
         self.hf, self.folder = hf, folder
         config: Any = hf.config
         fields = config.to_diff_dict() if folder is None else config_of(folder)
         own = str(next(hf.parameters()).dtype).removeprefix("torch.")
         self.rope, self.dtype = of_rope(fields), own if folder is None else stored_dtype(fields)
-        self._base = (_look(_tensors(hf)), "" if folder is None else of_files(folder))
+        self._base = (_look(_tensors(hf)), "" if folder is None else known or of_files(folder))
 
     @property
     def digest(self) -> str:

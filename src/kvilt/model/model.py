@@ -13,6 +13,7 @@ from transformers import Cache
 
 from kvilt.errors import ModelError
 from kvilt.model import attention, fit
+from kvilt.model.adapters import acting
 from kvilt.model.identity import Identity
 from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
@@ -156,12 +157,13 @@ class Model:
         mask = encoding_mask(nn.utils.rnn.pad_sequence(chunks, batch_first=True))[:, None] if chunks else None
         captured = _Capture()
         positions = torch.arange(batch.shape[1], device=self.shape.device)
-        self._base(
-            inputs_embeds=self.embed(batch, encoding.learned),
-            position_ids=positions[None],
-            past_key_values=captured,
-            attention_mask=None if mask is None else mask.to(self.shape.device),
-        )
+        with acting(self.hf, (encoding.adapter, None)):
+            self._base(
+                inputs_embeds=self.embed(batch, encoding.learned),
+                position_ids=positions[None],
+                past_key_values=captured,
+                attention_mask=None if mask is None else mask.to(self.shape.device),
+            )
         return [replace(cache, rows=self._plain(captured.rows(i, at), at)) for i, cache, at in _kept(caches)]
 
     def _plain(self, data: Tensor, positions: Tensor) -> TensorRows:
@@ -206,7 +208,7 @@ class Model:
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
-        with attention.using(attention.in_one(dense)):
+        with attention.using(attention.in_one(dense)), acting(self.hf, *dense.adapters):
             out = self.hf(
                 inputs_embeds=self.embed(dense.tokens, learned)[None],
                 position_ids=dense.positions[None].to(self.shape.device),
@@ -220,7 +222,7 @@ class Model:
         """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (last, vocab) float32."""
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
         positions = plan.positions[plan.computed_rows].to(self.shape.device)
-        with attention.using(placed.attention):
+        with attention.using(placed.attention), acting(self.hf, (plan.reader, plan.asking)):
             out = self.hf(
                 inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
                 position_ids=positions[None],
@@ -237,7 +239,7 @@ class Model:
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
         positions = placed.position + torch.arange(len(tokens), device=self.shape.device)
-        with attention.using(placed.attention):
+        with attention.using(placed.attention), acting(self.hf, (placed.reader, None)):
             out = self.hf(
                 input_ids=tokens[None].to(self.shape.device),
                 position_ids=positions[None],

@@ -134,6 +134,7 @@ class PlacedCache(Cache):
         contiguous = int(rows[-1]) - first + 1 == len(rows)
         self._rows: slice | Tensor = slice(first, first + len(rows)) if contiguous else rows.to(buffer.device)
         self.attention = self._attention(plan)
+        self.reader = plan.reader
         self._blended = None if plan.blended is None else plan.blended[:, None].to(buffer.device)  # (computed, 1)
         parts = zip(plan.segments, plan.bases, strict=True)
         self.pieces = [p for s, base in parts if (p := Piece.of(s, base, plan.loaded(s))) is not None]

@@ -4,5 +4,6 @@ rows     keys and values in memory, some rows or heads of others, and the rotati
 codec    keys and values in fewer bits
 file     a document cache as bytes and back
 header   what those bytes say of themselves, read without torch
+adapter  low-rank adapters as files
 files    files read by lines and written whole
 """

@@ -7,9 +7,10 @@ from typing import Self
 
 from kvilt.plan import Plan
 from kvilt.strategies.anchors import Anchors
-from kvilt.strategies.base import Probe, Strategy
+from kvilt.strategies.base import Probe, Strategy, beside
 from kvilt.strategies.block import BlockAttention
 from kvilt.strategies.kvlink import KVLink, LinkTokens
+from kvilt.strategies.writer import Writer
 from kvilt.types import ModelInfo, Prompt
 
 UNTRAINED = BlockAttention(sink="system")  # see docs/strategies.md for the questions this was chosen on
@@ -17,13 +18,14 @@ UNTRAINED = BlockAttention(sink="system")  # see docs/strategies.md for the ques
 
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """KVLink (or anchors) where trained tokens lie beside the model's weights, else the best strategy without training."""
+    """A writer, or KVLink (or anchors), where its files lie beside the model's weights, else the best without training."""
 
     method: Strategy | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def bind(self, info: ModelInfo) -> Self:
         """Choose, and make the chosen strategy ready."""
-        method = self._chosen(LinkTokens.described(info)).bind(info)
+        written = beside("", info, "writer.safetensors")
+        method = (Writer() if written else self._chosen(LinkTokens.described(info))).bind(info)
         return replace(self, encoding=method.encoding, method=method)
 
     def _chosen(self, trained: LinkTokens | None) -> Strategy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import torch
@@ -87,6 +88,12 @@ def sink_tokens(sink: str, info: ModelInfo) -> tuple[int, ...]:
             "option sink: this tokenizer has no BOS, EOS or padding token to use as a sink; use sink=system."
         )
     return (info.sink,) * int(sink)
+
+
+def beside(given: str, info: ModelInfo, name: str) -> str:
+    """The file that an option names, else the one of this name beside the model's weights, else nothing."""
+    own = Path(info.directory or "") / name
+    return given or (str(own) if info.directory and own.is_file() else "")
 
 
 def begin(prompt: Prompt) -> Layout:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from kvilt.errors import SpecError
-from kvilt.strategies.base import Strategy
+from kvilt.strategies.base import Strategy, beside
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import ModelInfo
 
@@ -18,10 +18,11 @@ class KVPacket(Strategy):
     wrapper: str = ""
 
     def bind(self, info: ModelInfo) -> Self:
-        """Load the wrapper and check that it was trained for this model."""
-        if not self.wrapper:
+        """Load the wrapper (default: packet.safetensors beside the model) and check that it was trained for this model."""
+        at = beside(self.wrapper, info, "packet.safetensors")
+        if not at:
             raise SpecError("kv_packet needs trained vectors: kv_packet:wrapper=FILE (train them: kvilt train packet).")
-        return self.holding(Wrapper.load(self.wrapper).check(info))
+        return self.holding(Wrapper.load(at).check(info))
 
     def holding(self, wrapper: Wrapper) -> Self:
         """The strategy with a wrapper's vectors; trainers call it with the vectors they train."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from kvilt.errors import PromptError, SpecError
+from kvilt.errors import PromptError, SpecError, WrapperError
 from kvilt.plan import Plan
 from kvilt.strategies.base import Probe, Strategy, begin
 from kvilt.types import ModelInfo, Prompt
@@ -32,6 +34,9 @@ class LinkTokens:
     end: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()  # of a checkpoint that was trained with them, and the tokens of a chunk
     chunk: int = 0
+    vectors: str = (
+        ""  # a file beside the description: rows that ids below zero name, for models whose vocabulary is full
+    )
 
     @classmethod
     def from_json(cls, text: str) -> LinkTokens:
@@ -40,7 +45,7 @@ class LinkTokens:
             raw = json.loads(text)
             ids = tuple(tuple(map(int, row)) for row in raw["ids"])
             start, end, anchors = (tuple(map(int, part)) for part in (raw["start"], raw["end"], raw.get("anchors", ())))
-            found = cls(ids, start, end, anchors, int(raw.get("chunk", 0)))
+            found = cls(ids, start, end, anchors, int(raw.get("chunk", 0)), str(raw.get("vectors", "")))
         except (ValueError, KeyError, TypeError) as error:
             raise SpecError(f"kvlink: {DESCRIPTION} beside the model is not readable: {error!r}.") from error
         if len(set(map(len, ids))) > 1 or bool(anchors) != (found.chunk > 0):
@@ -50,7 +55,8 @@ class LinkTokens:
     def to_json(self) -> str:
         """Write a description file."""
         anchored = {"anchors": self.anchors, "chunk": self.chunk} if self.chunk else {}
-        return json.dumps({"ids": self.ids, "start": self.start, "end": self.end, **anchored})
+        own = {"vectors": self.vectors} if self.vectors else {}
+        return json.dumps({"ids": self.ids, "start": self.start, "end": self.end, **anchored, **own})
 
     @classmethod
     def of(cls, info: ModelInfo, links: int) -> LinkTokens:
@@ -105,6 +111,7 @@ class KVLink(Strategy):
 
     links: int = 5
     tokens: LinkTokens = field(default=LinkTokens(()), repr=False, kw_only=True)
+    learned: Tensor | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.links < 0:
@@ -116,7 +123,7 @@ class KVLink(Strategy):
         known = len(tokens.ids[0]) if tokens.ids else 0
         if self.links > known:
             raise SpecError(f"kvlink:links={self.links}: this checkpoint has {known} link tokens per document.")
-        return replace(self, tokens=tokens)
+        return replace(self, tokens=tokens, learned=_vectors(tokens, info))
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Documents are reused; markers, link tokens and the question are computed."""
@@ -127,7 +134,7 @@ class KVLink(Strategy):
         layout = begin(prompt).compute(torch.tensor(self.tokens.start), name="start")
         for slot, document in enumerate(prompt.documents):
             layout.reuse(document).compute(self._links(slot), name="links")
-        return layout.compute(torch.tensor(self.tokens.end), name="end").ask().plan()
+        return layout.compute(torch.tensor(self.tokens.end), name="end").ask().plan(learned=self.learned)
 
     def _undescribed(self, info: ModelInfo) -> LinkTokens:
         return LinkTokens.of(info, self.links)
@@ -135,3 +142,17 @@ class KVLink(Strategy):
     def _links(self, slot: int) -> Tensor:
         ids = self.tokens.ids[slot][: self.links] if self.links else ()
         return torch.tensor(ids, dtype=torch.long)
+
+
+def _vectors(tokens: LinkTokens, info: ModelInfo) -> Tensor | None:
+    """The rows that a checkpoint's link tokens have of their own, (vectors, hidden)."""
+    if not tokens.vectors:
+        return None
+    at = Path(info.directory or "") / tokens.vectors
+    try:
+        found: Tensor = load_file(str(at))["vectors"].float()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise WrapperError(f"{at}, which {DESCRIPTION} names, is not readable: {error}.") from error
+    if found.shape[-1] != info.hidden_size or -min(tokens.every, default=0) > len(found):
+        raise WrapperError(f"{at} holds {tuple(found.shape)} vectors, which do not fit the model and {DESCRIPTION}.")
+    return found

@@ -9,7 +9,7 @@ import torch
 
 from kvilt.errors import SpecError, WrapperError
 from kvilt.plan import Plan
-from kvilt.strategies.base import Probe, begin
+from kvilt.strategies.base import Probe, begin, beside
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import ModelInfo, Prompt
@@ -29,12 +29,13 @@ class LinkedPacket(KVPacket):
     links: tuple[int, ...] = field(default=(), repr=False, kw_only=True)
 
     def bind(self, info: ModelInfo) -> Self:
-        """Load the wrapper and check that it was trained for this model and layout."""
-        if not self.wrapper:
+        """Load the wrapper (default: linked.safetensors beside the model); check that model and layout are its own."""
+        at = beside(self.wrapper, info, "linked.safetensors")
+        if not at:
             raise SpecError(
                 "linked_packet needs trained vectors: linked_packet:wrapper=FILE (train: kvilt train linked-packet)."
             )
-        return self.holding(Wrapper.load(self.wrapper).check(info))
+        return self.holding(Wrapper.load(at).check(info))
 
     def holding(self, wrapper: Wrapper) -> Self:
         """The strategy with a wrapper's vectors. Raises WrapperError without link vectors or for another layout."""

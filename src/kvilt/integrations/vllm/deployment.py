@@ -144,13 +144,20 @@ class Deployment:
 
     def plan(self, prompt: Prompt, strategy: Strategy) -> Plan:
         """The strategy's plan. Raises PromptError or NeedsProbe."""
-        return strategy.plan(prompt, cast(Any, NoProbe()))
+        plan = strategy.plan(prompt, cast(Any, NoProbe()))
+        if plan.reader is not None:
+            raise SpecError(f"strategy {self.settings.strategy!r} computes questions with an adapter: vLLM has none.")
+        return plan
 
     def _try(self) -> None:
         """Refuse a strategy that no prompt could be served with, when the server starts."""
         strategy = self.bound((1, 2, 3))
         if strategy.encoding is None:
             raise SpecError(f"strategy {self.settings.strategy!r} reuses nothing: vLLM alone does that.")
+        if strategy.encoding.adapter is not None and self.settings.encode:
+            raise SpecError(
+                f"strategy {self.settings.strategy!r}: vLLM cannot encode with its adapter; use kvilt encode."
+            )
         documents = tuple(self._pretend(strategy, torch.arange(TRIAL) + i) for i in range(2))
         system = self._pretend(replace(strategy, encoding=Encoding()), torch.tensor([1, 2, 3]))
         try:
