@@ -150,7 +150,7 @@ def test_the_dense_plan_of_recomputed_and_pruned_places() -> None:
         [1, 0, 1, 0, 1, 1, 1],
     ]
     assert torch.equal(
-        dense.mask, layout(Q).compute(torch.tensor([80])).reuse(document, fresh(1, 0, 0)).ask().plan().dense_mask()
+        dense.mask, layout(Q).compute(torch.tensor([80])).reuse(document, fresh(1, 0, 0)).ask().plan().dense().mask
     )
 
 
@@ -158,7 +158,7 @@ def test_every_dense_row_sees_itself() -> None:
     """Danger: a row that sees nothing turns into NaN and spreads."""
     document = fake([70, 1, 2, 3, 4], dropped=1)
     plan = layout(Q).reuse(document, fresh(0, 1, 0, 1), at=9).reuse(fake([5, 6]), at=9).ask().plan()
-    assert bool(plan.dense_mask().diagonal().all())
+    assert bool(plan.dense().mask.diagonal().all())
 
 
 # --- running them: the cached path equals one dense pass ---

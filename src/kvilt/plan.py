@@ -70,7 +70,7 @@ class Dense:
 
     tokens: Tensor  # (rows,) int64
     positions: Tensor  # (rows,) int64, below zero where a dropped prefix stood
-    mask: Tensor  # (rows, rows) bool: row may see column
+    mask: Tensor  # (rows, rows) bool: row may see column; every row sees itself
     computed: Tensor  # rows that the plan computes
     context: Tensor | None = None  # (rows, rows) bool: where `scaling` acts
     scaling: ContextScaling | None = None
@@ -192,10 +192,6 @@ class Plan:
         asking = torch.tensor([s.name in ASKING for s in self.segments])
         adapters = (self.writer, encoded & documents[segment]), (self.reader, ~encoded & asking[segment])
         return Dense(tokens, positions, own | live, computed, context, self.context, twins, self.blend, adapters)
-
-    def dense_mask(self) -> Tensor:
-        """The mask of `dense()`, (rows, rows) bool; every row sees itself."""
-        return self.dense().mask
 
 
 def prefill_cost(tokens: int, linear: float) -> float:

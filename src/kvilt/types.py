@@ -23,14 +23,17 @@ def cached(function: Callable[[Any], T]) -> functools.cached_property[T]:
     return made
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: its own memory where it is contiguous and on the CPU, else a copy."""
+    flat = tensor.detach().cpu().contiguous().flatten()  # flat first: a 0-d tensor cannot change its item size
+    return memoryview(flat.view(torch.uint8).numpy().data)
+
+
 def digest_of(*parts: bytes | str | Tensor) -> str:
     """A BLAKE3 content digest (64 hex digits); every part is length-prefixed, so no two lists of parts collide."""
     hasher = blake3()
     for part in parts:
-        if isinstance(part, Tensor):
-            flat = part.detach().cpu().contiguous().flatten()  # flat first: a 0-d tensor cannot change its item size
-            part = flat.view(torch.uint8).numpy().tobytes()
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode() if isinstance(part, str) else bytes_of(part) if isinstance(part, Tensor) else part
         hasher.update(len(data).to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()

@@ -19,7 +19,7 @@ from kvilt.errors import DamagedCache, DocumentError, OtherVersion
 from kvilt.rows.codec import CODECS, QuantisedRows
 from kvilt.rows.file import open_cache, pack
 from kvilt.rows.header import MAX_TITLE, read_header
-from kvilt.rows.rows import DIRECT, HeadRows, TensorRows, whole
+from kvilt.rows.rows import DIRECT, PartRows, TensorRows, whole
 from kvilt.types import CacheKey, DocumentCache, Encoding
 
 TEXT = ids(9, 4)
@@ -241,9 +241,9 @@ def test_a_reader_of_some_heads_verifies_what_it_reads() -> None:
         at = start + side * 2 * half + half + 3  # the second head
         rows = open_cache(Bytes(flipped(data, at, 2)), cache.key).rows
         with pytest.raises(DamagedCache):
-            whole(HeadRows(rows, slice(1, 2)), slice(0, 1))  # type: ignore[arg-type]
+            whole(PartRows(rows, heads=slice(1, 2)), slice(0, 1))  # type: ignore[arg-type]
     rows = open_cache(Bytes(data), cache.key).rows
-    assert torch.equal(whole(HeadRows(rows, slice(1, 2))), rows_of(cache)[:, :, 1:])  # type: ignore[arg-type]
+    assert torch.equal(whole(PartRows(rows, heads=slice(1, 2))), rows_of(cache)[:, :, 1:])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(CacheKey)])

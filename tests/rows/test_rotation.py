@@ -131,14 +131,6 @@ def test_only_the_distance_counts_however_far_it_is() -> None:
     assert off(far, near) < 1e-3
 
 
-def test_keys_under_another_rotation_have_another_identity() -> None:
-    """Danger: a cache made under other frequencies or another YaRN scaling is served."""
-    base = torch.tensor([1.0, 0.1])
-    kinds = [Rotation(base), Rotation(base * 0.5), Rotation(base, interleaved=True), Rotation(base, scaling=1.2)]
-    assert len({r.identity for r in kinds}) == 4
-    assert Rotation(base.clone()).identity == kinds[0].identity
-
-
 def test_the_served_families_cover_every_kind_of_rotation() -> None:
     """Danger: a refactored zoo tests the same rotation nine times."""
     rotations = {family: zoo.model_of(family).rotation for family in zoo.FAMILIES}

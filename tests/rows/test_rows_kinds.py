@@ -12,7 +12,7 @@ from torch import Tensor
 from core_kit import Bytes, fake, make_key
 from kvilt.rows.codec import CODECS, QuantisedRows
 from kvilt.rows.file import open_cache, pack
-from kvilt.rows.rows import HeadRows, SelectedRows, TensorRows, select, whole
+from kvilt.rows.rows import PartRows, TensorRows, select, whole
 from kvilt.types import DocumentCache, Rows
 
 LAYERS, HEADS, COUNT, DIM = 3, 4, 70, 16
@@ -54,15 +54,15 @@ KINDS: dict[str, Callable[[], Rows]] = {
     "int8": lambda: quantised("int8"),
     "int4 file": lambda: stored(quantised("int4")),
     "fp8 file": lambda: stored(quantised("fp8")),
-    "selected": lambda: SelectedRows(raw(), INDEX),
-    "selected of a file": lambda: SelectedRows(stored(raw()), INDEX),
-    "selected of int8": lambda: SelectedRows(quantised("int8"), INDEX),
-    "selected twice": lambda: SelectedRows(SelectedRows(raw(), INDEX), torch.tensor([0, 3])),
-    "heads": lambda: HeadRows(raw(), slice(1, 3)),
-    "heads of a file": lambda: HeadRows(stored(raw()), slice(2, 4)),
-    "heads of int4 in a file": lambda: HeadRows(stored(quantised("int4")), slice(0, 1)),
-    "heads of selected of fp8": lambda: HeadRows(SelectedRows(quantised("fp8"), INDEX), slice(1, None, 2)),
-    "selected of heads": lambda: SelectedRows(HeadRows(raw(), slice(1, 3)), INDEX),
+    "selected": lambda: PartRows(raw(), INDEX),
+    "selected of a file": lambda: PartRows(stored(raw()), INDEX),
+    "selected of int8": lambda: PartRows(quantised("int8"), INDEX),
+    "selected twice": lambda: PartRows(PartRows(raw(), INDEX), torch.tensor([0, 3])),
+    "heads": lambda: PartRows(raw(), heads=slice(1, 3)),
+    "heads of a file": lambda: PartRows(stored(raw()), heads=slice(2, 4)),
+    "heads of int4 in a file": lambda: PartRows(stored(quantised("int4")), heads=slice(0, 1)),
+    "heads of selected of fp8": lambda: PartRows(PartRows(quantised("fp8"), INDEX), heads=slice(1, None, 2)),
+    "selected of heads": lambda: PartRows(PartRows(raw(), heads=slice(1, 3)), INDEX),
 }
 
 
@@ -122,10 +122,10 @@ def test_bytes_are_counted_as_they_are_stored() -> None:
 
 def test_selected_rows_are_those_of_the_index() -> None:
     """Danger: a row number is taken for a place, or the order of the index is lost."""
-    assert torch.equal(whole(SelectedRows(raw(), INDEX)), data()[..., INDEX, :])
+    assert torch.equal(whole(PartRows(raw(), INDEX)), data()[..., INDEX, :])
     assert torch.equal(whole(KINDS["selected twice"]()), data()[..., [0, 33], :])
     assert torch.equal(whole(KINDS["heads"]()), data()[:, :, 1:3])
-    none = SelectedRows(raw(), torch.zeros(0, dtype=torch.long))
+    none = PartRows(raw(), torch.zeros(0, dtype=torch.long))
     assert whole(none).shape == (LAYERS, 2, HEADS, 0, DIM)
     assert none.nbytes == 0
 
@@ -147,7 +147,7 @@ def test_documents_without_rows_of_some_kind() -> None:
     for rows in (
         empty,
         stored(empty),
-        SelectedRows(empty, torch.zeros(0, dtype=torch.long)),
-        HeadRows(empty, slice(2)),
+        PartRows(empty, torch.zeros(0, dtype=torch.long)),
+        PartRows(empty, heads=slice(2)),
     ):
         assert whole(rows).shape[3] == rows.nbytes == 0

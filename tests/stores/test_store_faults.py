@@ -19,7 +19,7 @@ import pytest
 from store_kit import digest, file_of, make_cache, make_key, same, stored
 
 from kvilt.errors import StoreUnavailable
-from kvilt.rows.header import _seal
+from kvilt.rows.header import seal
 from kvilt.stores.database import Database
 from kvilt.stores.disk import DiskStore
 
@@ -40,7 +40,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     new = len(text).to_bytes(8, "little") + text
     at = new.index(b'"header":"') + 10
     new = new[:at] + b"0" * 64 + new[at + 64 :]
-    path.write_bytes(new[:at] + _seal(new) + new[at + 64 :] + raw[8 + length :])
+    path.write_bytes(new[:at] + seal(new) + new[at + 64 :] + raw[8 + length :])
 
 
 def meta(name: str, value: object) -> Callable[[dict[str, Any]], None]:

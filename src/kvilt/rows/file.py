@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,20 +13,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from kvilt.errors import DamagedCache, DocumentError
+from kvilt.rows import header as h
 from kvilt.rows.codec import CODECS, SIDES, QuantisedRows
-from kvilt.rows.header import (
-    DIGEST_AT,
-    FIRST,
-    ITEM,
-    MAX_HEADER,
-    MAX_TITLE,
-    VERSION,
-    Header,
-    Readable,
-    read_header,
-)
+from kvilt.rows.header import FIRST, Header, Readable, read_header
 from kvilt.rows.rows import DTYPES, FileRows, fill, whole
-from kvilt.types import CacheKey, DocumentCache, Rows
+from kvilt.types import CacheKey, DocumentCache, Rows, bytes_of
 
 RAW = "raw"
 NO_DIGEST = "0" * 64  # stands in a header until its own digest is known
@@ -41,17 +32,16 @@ def pack(
     rows = cache.rows
     if rows is None:
         raise ValueError("a document that was tokenised only has no rows to store")
-    if len(title.encode("utf-8", "replace")) > MAX_TITLE:
-        raise DocumentError(f"the title {title[:40]!r}... is longer than {MAX_TITLE} bytes: shorten it.")
-    quantised = isinstance(rows, QuantisedRows)
-    parts = rows.parts() if isinstance(rows, QuantisedRows) else {"rows": whole(rows)}
+    if len(title.encode("utf-8", "replace")) > h.MAX_TITLE:
+        raise DocumentError(f"the title {title[:40]!r}... is longer than {h.MAX_TITLE} bytes: shorten it.")
+    codec, parts = (rows.codec.name, rows.parts()) if isinstance(rows, QuantisedRows) else (RAW, {"rows": whole(rows)})
     first = {name: tensor for name in FIRST[:3] if (tensor := getattr(cache, name)) is not None}
     tensors = {**first, "digests": _digests(parts), **parts}
-    data = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    data = {name: bytes_of(tensor) for name, tensor in tensors.items()}
     meta = {
         "format": "kvilt",
-        "version": VERSION,
-        "codec": rows.codec.name if quantised else RAW,  # type: ignore[attr-defined]
+        "version": h.VERSION,
+        "codec": codec,
         "key": cache.key.digest,
         "fields": json.dumps(asdict(cache.key)),
         "length": str(cache.length),
@@ -68,36 +58,24 @@ def pack(
 def _write_header(meta: Mapping[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
     """The bytes before the first tensor, padded so that the rows begin on a page; `tensors` are dtypes and shapes."""
     spans: dict[str, dict[str, Any]] = {}
-    offset = 0
+    end = 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + ITEM[dtype] * math.prod(shape)
-        spans[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        start, end = end, end + h.ITEM[dtype] * math.prod(shape)
+        spans[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"header": NO_DIGEST, **meta}, **spans}, separators=(",", ":"))
     text += " " * (-(8 + len(text) + int(spans["rows"]["data_offsets"][0])) % PAGE)
-    if 8 + len(text) > MAX_HEADER:
+    if 8 + len(text) > h.MAX_HEADER:
         raise DocumentError("the document's title, namespace and compression take more than a file's header holds.")
     raw = len(text).to_bytes(8, "little") + text.encode()
-    seal = blake3(raw[:DIGEST_AT]).update(raw[DIGEST_AT + 64 :]).hexdigest()
-    return raw[:DIGEST_AT] + seal.encode() + raw[DIGEST_AT + 64 :]
+    return raw.replace(NO_DIGEST.encode(), h.seal(raw), 1)
 
 
 def _digests(parts: dict[str, Tensor]) -> Tensor:
-    """BLAKE3 of every block, (layers, blocks, 32) uint8."""
-    layers = [
-        b"".join(blake3(_bytes(block)).digest() for block in _blocks(parts, i)) for i in range(len(parts["rows"]))
-    ]
-    return torch.frombuffer(bytearray(b"".join(layers)), dtype=torch.uint8).view(len(layers), -1, 32)
-
-
-def _blocks(parts: dict[str, Tensor], layer: int) -> Iterator[Tensor]:
-    """What has a digest of its own in one layer: each head's keys, each head's values, scales of each side."""
-    yield from parts["rows"][layer].flatten(0, 1)
-    yield from (tensor[layer] for name, tensor in parts.items() if name != "rows")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    """BLAKE3 of every block, (layers, blocks, 32) uint8: of a layer each head's keys, each head's values, each side's scales."""
+    rows, *scales = parts.values()
+    blocks = (block for heads, *others in zip(rows.flatten(1, 2), *scales, strict=True) for block in (*heads, *others))
+    digests = bytearray(b"".join(blake3(bytes_of(block)).digest() for block in blocks))
+    return torch.frombuffer(digests, dtype=torch.uint8).view(len(rows), -1, 32)
 
 
 def open_cache(blob: Readable, expected: CacheKey) -> DocumentCache:
@@ -131,7 +109,7 @@ def _first(blob: Readable, header: Header, name: str) -> Tensor:
     """One of the small tensors before the rows, checked."""
     span = header.spans[name]
     out = torch.empty(span.shape, dtype=DTYPES[span.dtype])
-    data = _bytes(out)
+    data = bytes_of(out)
     fill(blob, header.key, span.start, [data] if len(data) else [])
     if blake3(data).hexdigest() != header.digests[name]:
         raise DamagedCache(header.key, f"{name} does not match its digest")

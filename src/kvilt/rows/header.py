@@ -97,19 +97,10 @@ def read_header(key: str, blob: Readable) -> Header:
         raw = _raw(key, blob)
         data = json.loads(raw[8:])
         meta = data.pop("__metadata__")
-        if raw[DIGEST_AT : DIGEST_AT + 64] != _seal(raw):
+        if raw[DIGEST_AT : DIGEST_AT + 64] != seal(raw):
             raise _Damage("its header does not match its digest")
         header = _parsed(meta, data, len(raw), blob.size)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        EOFError,
-        OverflowError,
-        IndexError,
-    ) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, EOFError, OverflowError) as error:
         raise DamagedCache(key, str(error) if isinstance(error, _Damage) else "its header is malformed") from error
     if header.key != key:
         raise DamagedCache(key, f"it holds another document, {header.key[:16]}")
@@ -182,6 +173,6 @@ def _span(info: dict[str, Any], base: int, size: int) -> Span:
     return Span(info["dtype"], shape, start, end)
 
 
-def _seal(raw: bytes) -> bytes:
+def seal(raw: bytes) -> bytes:
     """Digest of a header, but for the place where the digest itself stands."""
     return blake3(raw[:DIGEST_AT]).update(raw[DIGEST_AT + 64 :]).hexdigest().encode()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvilt.errors import DamagedCache, UnreadableCache
 from kvilt.rows.header import FIRST, Header, Readable, Span
-from kvilt.types import DocumentCache, Rows, digest_of
+from kvilt.types import DocumentCache, Rows, bytes_of
 
 DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
 DTYPES = {
@@ -59,42 +59,18 @@ class TensorRows:
 
 
 @dataclass(frozen=True, eq=False)
-class SelectedRows:
-    """Some rows of a document's keys and values."""
+class PartRows:
+    """Some rows of a document's keys and values, or some heads, as a tensor-parallel rank holds them."""
 
     rows: Rows
-    index: Tensor  # (rows,) int64
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        layers, heads, _, dim = self.rows.shape
-        return layers, heads, len(self.index), dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.rows.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these rows, as stored."""
-        return self.rows.nbytes * len(self.index) // max(1, self.rows.shape[2])
-
-    def read(self, layers: slice, out: Tensor) -> None:
-        """Read whole layers, copy the selected rows into `out` (layers, 2, heads, rows, head_dim)."""
-        out.copy_(whole(self.rows, layers, out.device)[..., self.index.to(out.device), :])
-
-
-@dataclass(frozen=True, eq=False)
-class HeadRows:
-    """Some heads of a document's keys and values, as a tensor-parallel rank holds them."""
-
-    rows: Rows
-    heads: slice
+    index: Tensor | slice = field(default_factory=lambda: slice(None))  # rows, (rows,) int64
+    heads: slice = field(default_factory=lambda: slice(None))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         layers, heads, rows, dim = self.rows.shape
-        return layers, len(range(heads)[self.heads]), rows, dim
+        count = len(range(rows)[self.index] if isinstance(self.index, slice) else self.index)
+        return layers, len(range(heads)[self.heads]), count, dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,12 +78,14 @@ class HeadRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these heads, as stored."""
-        return self.rows.nbytes * self.shape[1] // max(1, self.rows.shape[1])
+        """Bytes of these rows and heads, as stored."""
+        _, heads, rows, _ = self.rows.shape
+        return self.rows.nbytes * self.shape[1] * self.shape[2] // max(1, heads * rows)
 
     def read(self, layers: slice, out: Tensor) -> None:
-        """Read whole layers, copy the heads into `out` (layers, 2, heads, rows, head_dim)."""
-        out.copy_(whole(self.rows, layers, out.device)[:, :, self.heads])
+        """Read whole layers, copy these rows and heads into `out` (layers, 2, heads, rows, head_dim)."""
+        index = self.index if isinstance(self.index, slice) else self.index.to(out.device)
+        out.copy_(whole(self.rows, layers, out.device)[:, :, self.heads, index])
 
 
 def whole(rows: Rows, layers: slice = slice(None), device: torch.device | None = None) -> Tensor:
@@ -120,7 +98,7 @@ def whole(rows: Rows, layers: slice = slice(None), device: torch.device | None =
 
 def select(cache: DocumentCache, index: Tensor) -> DocumentCache:
     """A cache with some of its rows alone, (rows,) int64 ascending; the others' places are left empty."""
-    rows = None if cache.rows is None else SelectedRows(cache.rows, index)
+    rows = None if cache.rows is None else PartRows(cache.rows, index)
     return replace(cache, offsets=cache.offsets[index], rows=rows)
 
 
@@ -202,7 +180,7 @@ class FileRows:
         unchecked = [layer for layer in layers if (name, layer) in self._unchecked]
         scattered = not out.is_contiguous()
         pieces = list(_pieces(out, heads=name == "rows")) if unchecked or scattered else []  # one memoryview per digest
-        into = pieces if scattered else [_bytes_of(out)]
+        into = pieces if scattered else [bytes_of(out)]
         fill(self.blob, self.header.key, span.start + layers.start * size, into)
         each = len(pieces) // len(layers)
         first = 0 if name == "rows" else self._blocks - len(self._parts()) + self._parts().index(name)
@@ -219,18 +197,9 @@ class FileRows:
 
 def _pieces(out: Tensor, heads: bool) -> Iterator[memoryview]:
     """The memory of a tensor (layers, ...) in order: for rows head by head, else layer by layer."""
-    array: Any = out.detach().view(torch.uint8).numpy() if out.dtype != torch.uint8 else out.detach().numpy()
-    if not heads:
-        yield from (memoryview(layer.reshape(-1).data) for layer in array)
-        return
-    for layer in array:
-        for side in layer:
-            yield from (memoryview(head.reshape(-1).data) for head in side)
-
-
-def _bytes_of(out: Tensor) -> memoryview:
-    """The memory itself of a contiguous tensor in CPU memory."""
-    return memoryview(out.detach().view(-1).view(torch.uint8).numpy().data)
+    array: Any = out.detach().view(torch.uint8).numpy()
+    blocks = (head for layer in array for side in layer for head in side) if heads else iter(array)
+    return (block.reshape(-1).data for block in blocks)
 
 
 @dataclass(eq=False)
@@ -265,11 +234,9 @@ class Rotation:
         out = torch.empty_like(keys) if out is None else out
         cos, sin = angles[0], -angles[1] if back else angles[1]
         a, b = (part.float() for part in self._pairs(keys))  # views where keys are float32 already
-        x, y = self._pairs(out)
-        left = a * cos - b * sin  # both sides are computed before either is written: `out` may be `keys`
-        right = b * cos + a * sin
-        x.copy_(left)
-        y.copy_(right)
+        rotated = a * cos - b * sin, b * cos + a * sin  # both before either is written: `out` may be `keys`
+        for part, new in zip(self._pairs(out), rotated, strict=True):
+            part.copy_(new)
         rest = 2 * len(self.inv_freq)
         if out is not keys and rest < keys.shape[-1]:
             out[..., rest:] = keys[..., rest:]
@@ -281,9 +248,3 @@ class Rotation:
         if self.interleaved:
             return keys[..., : 2 * half : 2], keys[..., 1 : 2 * half : 2]
         return keys[..., :half], keys[..., half : 2 * half]
-
-    @property
-    def identity(self) -> str:
-        """What keys depend on, for the cache key."""
-        scaled = (str(self.scaling),) if self.scaling != 1.0 else ()
-        return digest_of(self.inv_freq.double(), str(self.interleaved), *scaled)

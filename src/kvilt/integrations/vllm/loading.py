@@ -20,7 +20,7 @@ from kvilt import registry
 from kvilt.errors import DamagedCache, StoreError
 from kvilt.integrations.vllm.deployment import Settings
 from kvilt.integrations.vllm.plans import Piece
-from kvilt.rows.rows import Angles, HeadRows, Rotation
+from kvilt.rows.rows import Angles, PartRows, Rotation
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Rows
 
@@ -93,7 +93,7 @@ class Loader:
             return rows
         each = max(1, heads // self.ranks)
         first = self.rank * each if heads >= self.ranks else self.rank * heads // self.ranks
-        return HeadRows(rows, slice(first, first + each))
+        return PartRows(rows, heads=slice(first, first + each))
 
     def sources(self, load: Load) -> tuple[list[Source], list[tuple[CacheKey, set[int]]]]:
         """A request's documents, and those that are not there any more with their blocks."""
