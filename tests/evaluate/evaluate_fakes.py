@@ -59,7 +59,7 @@ class FakeEngine:
         logits = self._logits(tokens)
         run = through(
             SimpleNamespace(
-                model=None, placed=SimpleNamespace(capacity=99, length=9), logits=logits[0], peek=self._logits
+                after=None, placed=SimpleNamespace(capacity=99, length=9), logits=logits[0], peek=self._logits
             )
         )
         run.given, run.seconds = [row[None] for row in logits], 0.0
