@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvilt.stores.store import Entry, Store
     from kvilt.types import Document
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 SHOWN = 3  # skipped files named one by one
 
 Verb = Callable[..., int | None]
@@ -188,7 +189,7 @@ def flat(function: Verb) -> Verb:
                 while _opened:
                     _opened.pop().close()  # writes down what was used
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *grouped)]
+    parameters = [p.replace(kind=KEYWORD) for p in (*own, *grouped)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
@@ -196,13 +197,7 @@ def flat(function: Verb) -> Verb:
 
 def _fields(group: Any) -> list[inspect.Parameter]:
     """Options of a group, those of the most special class first."""
-    hints = get_type_hints(group)
-    classes = [cls.__annotations__ for cls in group.__mro__ if dataclasses.is_dataclass(cls)]
-    ordered = sorted(
-        dataclasses.fields(group), key=lambda f: next(i for i, names in enumerate(classes) if f.name in names)
-    )
-    kind, kinds = (
-        inspect.Parameter.KEYWORD_ONLY,
-        {f.name: Annotated[hints[f.name], f.metadata["option"]] for f in ordered},
-    )
-    return [inspect.Parameter(f.name, kind, default=f.default, annotation=kinds[f.name]) for f in ordered]
+    hints, fields = get_type_hints(group), {f.name: f for f in dataclasses.fields(group)}
+    names = [name for cls in group.__mro__ if dataclasses.is_dataclass(cls) for name in cls.__annotations__]
+    kinds = [(name, Annotated[hints[name], fields[name].metadata["option"]]) for name in names]
+    return [inspect.Parameter(n, KEYWORD, default=fields[n].default, annotation=kind) for n, kind in kinds]

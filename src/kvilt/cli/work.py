@@ -115,10 +115,8 @@ def _named(documents: list[Document], wanted: str) -> Document:
 def _answer(
     engine: Engine, question: str, documents: list[Document], as_json: bool, wanted: Answering, many: bool = False
 ) -> None:
-    if wanted.stream:
-        answer = _streamed(engine, question, documents, wanted)
-    else:
-        answer = engine.answer(question, documents, **wanted.settings())
+    give = functools.partial(_streamed, engine) if wanted.stream else engine.answer
+    answer = give(question, documents, **wanted.settings())
     if wanted.logits is not None:
         _write_logits(answer, wanted.logits)
     text = " ".join(answer.text.split()) if many else answer.text  # a line for a line
@@ -133,9 +131,9 @@ def _answer(
             talk.say(line)
 
 
-def _streamed(engine: Engine, question: str, documents: list[Document], wanted: Answering) -> Answer:
+def _streamed(engine: Engine, question: str, documents: list[Document], **settings: Any) -> Answer:
     """The answer, printed while it is generated."""
-    for piece in engine.stream(question, documents, **wanted.settings()):
+    for piece in engine.stream(question, documents, **settings):
         if isinstance(piece, Answer):
             print()
             return piece
