@@ -23,13 +23,13 @@ NEW = [Document("The Sel flows through Orsa.")]
 QUESTION = "Where was Ada Lorn born?"
 
 
-def files_of(work: Callable[[], Any]) -> list[str]:
-    """Files of the package in which a function ran, relative to it."""
-    seen: set[str] = set()
+def files_of(work: Callable[[], Any]) -> dict[str, set[str]]:
+    """Files of the package in which a function ran, relative to it, and which functions."""
+    seen: dict[str, set[str]] = {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(PACKAGE):
-            seen.add(frame.f_code.co_filename[len(PACKAGE) + 1 :])
+            seen.setdefault(frame.f_code.co_filename[len(PACKAGE) + 1 :], set()).add(frame.f_code.co_qualname)
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -38,7 +38,7 @@ def files_of(work: Callable[[], Any]) -> list[str]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-    return sorted(seen)
+    return dict(sorted(seen.items()))
 
 
 def main() -> int:
@@ -53,7 +53,9 @@ def main() -> int:
         }
         engine.store.close()
     for name, passed in files.items():
-        print(f"{name}: {len(passed)} files, {ALLOWED[name]} allowed: {', '.join(passed)}")
+        print(f"{name}: {len(passed)} files, {ALLOWED[name]} allowed")
+        for file, functions in passed.items():
+            print(f"  {file}: {', '.join(sorted(functions))}")
     return int(any(len(passed) > ALLOWED[name] for name, passed in files.items()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
 from kvilt.rows.rows import TensorRows
-from kvilt.types import CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
+from kvilt.types import Adapter, CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
 
 OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
 SAMPLE = 16  # numbers of each tensor that are compared at every request
@@ -157,7 +157,7 @@ class Model:
         mask = encoding_mask(nn.utils.rnn.pad_sequence(chunks, batch_first=True))[:, None] if chunks else None
         captured = _Capture()
         positions = torch.arange(batch.shape[1], device=self.shape.device)
-        with acting(self.hf, (encoding.adapter, None)):
+        with self._acting((encoding.adapter, None)):
             self._base(
                 inputs_embeds=self.embed(batch, encoding.learned),
                 position_ids=positions[None],
@@ -208,7 +208,7 @@ class Model:
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
-        with attention.using(attention.in_one(dense)), acting(self.hf, *dense.adapters):
+        with attention.using(attention.in_one(dense)), self._acting(*dense.adapters):
             out = self.hf(
                 inputs_embeds=self.embed(dense.tokens, learned)[None],
                 position_ids=dense.positions[None].to(self.shape.device),
@@ -222,7 +222,7 @@ class Model:
         """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (last, vocab) float32."""
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
         positions = plan.positions[plan.computed_rows].to(self.shape.device)
-        with attention.using(placed.attention), acting(self.hf, (plan.reader, plan.asking)):
+        with attention.using(placed.attention), self._acting((plan.reader, plan.asking)):
             out = self.hf(
                 inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
                 position_ids=positions[None],
@@ -239,7 +239,7 @@ class Model:
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
         positions = placed.position + torch.arange(len(tokens), device=self.shape.device)
-        with attention.using(placed.attention), acting(self.hf, (placed.reader, None)):
+        with attention.using(placed.attention), self._acting((placed.reader, None)):
             out = self.hf(
                 input_ids=tokens[None].to(self.shape.device),
                 position_ids=positions[None],
@@ -247,6 +247,10 @@ class Model:
                 use_cache=True,
             )
         return torch.as_tensor(out.logits[0]).float()
+
+    def _acting(self, *adapters: tuple[Adapter | None, Tensor | None]) -> AbstractContextManager[None]:
+        """Lets adapters act in the passes made inside, each on its tokens; nothing happens where there are none."""
+        return acting(self.hf, *adapters) if any(adapter for adapter, _ in adapters) else nullcontext()
 
     @property
     def _base(self) -> Callable[..., Any]:
