@@ -12,15 +12,17 @@ import zoo
 from kvilt.engine.engine import Engine
 from kvilt.errors import TrainError
 from kvilt.lab.train.data import Further, Sample
-from kvilt.lab.train.dense import COMPUTED, ENCODED, IGNORE, additive, collate, logits_of, merged, parts_of, row_of
+from kvilt.lab.train.dense import ASKED, ENCODED, IGNORE, additive, collate, logits_of, merged, parts_of, row_of
 from kvilt.lab.train.losses import TopK, cross_entropy, divergence, fidelity, objective, tally
 from kvilt.lab.train.teacher import FULL, Teacher, generate
 from kvilt.lab.train.trained import LowRank, Vectors, Weights, optimizers, projections, training
+from kvilt.rows.adapter import save
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.kvlink import KVLink, LinkTokens
 from kvilt.strategies.linked_packet import LinkedPacket
 from kvilt.strategies.wrapper import Wrapper
+from kvilt.strategies.writer import QueryLoRA, Writer
 
 FAMILIES = ["llama", "qwen3", "llama-yarn-tied-mha", "glm-interleaved"]
 TOKENS = LinkTokens(((8, 9), (10, 11), (12, 13), (14, 15)), (6,), (7,))
@@ -135,9 +137,8 @@ def test_roles_tell_documents_from_what_is_computed(engine):
     encoded = row.tokens[row.roles == ENCODED]
     own = encoded[encoded >= 0]  # without header and trailer
     assert torch.equal(own, torch.cat(parts.documents))
-    assert torch.equal(row.roles == COMPUTED, ~torch.isin(torch.arange(len(row.tokens)), (row.roles < 2).nonzero()))
-    asked = row.tokens[row.roles == COMPUTED]
-    assert torch.equal(asked[asked >= 0], torch.cat([parts.question, torch.arange(100, 102)]))
+    asked = row.tokens[row.roles == ASKED]  # link vectors are computed, too, but nobody asks them
+    assert torch.equal(asked, torch.cat([parts.question, torch.arange(100, 102)]))
     together = merged([row, row_of(strategy, parts, torch.arange(100, 105))])
     assert together.roles.tolist().count(ENCODED) == row.roles.tolist().count(ENCODED)
     assert collate([row, together]).roles[0, -len(row.roles) :].equal(row.roles)
@@ -200,14 +201,14 @@ def test_activation_checkpointing_saves_memory_and_changes_no_gradient(engine):
     assert not engine.model.hf.training
 
 
-@pytest.mark.parametrize("where", ["all", "encoded", "computed"])
+@pytest.mark.parametrize("where", ["all", "encoded", "asked"])
 def test_low_rank_additions_act_where_they_should_and_nowhere_else(where):
     """Danger: a frozen reader is adapted, too, or stored documents depend on an adapter of queries."""
     made = kit.engine()
     strategy, parts = KVLink(0), parts_of(made.text, kit.samples(1)[0])
     row = row_of(strategy, parts, torch.arange(100, 103))
     seen = {}
-    adapted = LowRank(made.model, 2, only=("q_proj", "v_proj") if where != "computed" else ("q_proj",), where=where)
+    adapted = LowRank(made.model, 2, only=("q_proj", "v_proj") if where != "asked" else ("q_proj",), where=where)
     projection = made.model.hf.model.layers[0].self_attn.q_proj
     projection.register_forward_hook(lambda module, inputs, output: seen.update(q=output))
     assert {n.rpartition(".")[2] for n in adapted.parameters} == {"A", "B"}
@@ -219,10 +220,32 @@ def test_low_rank_additions_act_where_they_should_and_nowhere_else(where):
                 value.normal_()
         after = adapted.logits(collate([row]))
     assert not torch.allclose(before, after)
-    wanted = {"all": row.roles >= 0, "encoded": row.roles == ENCODED, "computed": row.roles == COMPUTED}[where]
+    wanted = {"all": row.roles >= 0, "encoded": row.roles == ENCODED, "asked": row.roles == ASKED}[where]
     changed = (seen["q"] - plain).abs().amax(-1)[0] > 0
     assert seen["q"].shape == plain.shape
     assert torch.equal(changed, wanted)
+
+
+@pytest.mark.parametrize("where", ["encoded", "asked"])
+def test_low_rank_additions_are_served_as_they_were_trained(where, tmp_path):
+    """Danger: an adapter acts on other tokens, layers or sides when it is served; or with another scale."""
+    made = kit.engine()
+    served = Writer() if where == "encoded" else QueryLoRA()
+    sample = kit.samples(1)[0]
+    row = row_of(served, parts_of(made.text, sample), torch.arange(100, 103))
+    adapted = LowRank(made.model, 2, only=("q_proj", "down_proj"), where=where)
+    with torch.no_grad():
+        for value in adapted.parameters.values():
+            value.normal_(std=0.2)
+        trained = adapted.logits(collate([row]))[0]
+    file = tmp_path / "adapter.safetensors"
+    save(adapted.adapter(), file)
+    adapted.release()
+    engine = made.with_strategy(type(served)(adapter=str(file)))
+    scored = engine.score(sample.question, sample.documents, [100, 101, 102])
+    torch.testing.assert_close(trained, scored, rtol=0.02, atol=0.02 * float(scored.abs().max()))  # int8
+    plain = made.with_strategy("block").score(sample.question, sample.documents, [100, 101, 102])
+    assert (trained - plain).abs().max() > 10 * (trained - scored).abs().max()
 
 
 def test_low_rank_additions_and_token_rows_merge_into_what_was_trained():

@@ -21,7 +21,7 @@ from kvilt.strategies.full import FullRecompute
 from kvilt.types import CacheKey, DocumentCache, Encoding, Prompt, digest_of
 
 IGNORE = -100
-ENCODED, COMPUTED = 1, 2  # rows of documents encoded alone, and rows computed in the prompt; 0: the system part
+ENCODED, ASKED = 1, 2  # rows of documents encoded alone, and of question and answer; 0: all others
 NOWHERE = CacheKey("", "", "", "", "", "", "")  # caches that are only planned have no address
 
 
@@ -103,7 +103,7 @@ class Row:
     positions: Tensor  # (rows,)
     mask: Tensor  # (rows, rows) bool
     labels: Tensor  # (last,) int64, IGNORE where nothing is learned; empty to predict one token freely
-    roles: Tensor | None = None  # (rows,) int64: ENCODED, COMPUTED or 0; none: all 0
+    roles: Tensor | None = None  # (rows,) int64: ENCODED, ASKED or 0; none: all 0
 
 
 def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
@@ -116,15 +116,14 @@ def row_of(strategy: Strategy, parts: Parts, answer: Tensor) -> Row:
         forced = Segment(answer[:-1], plan.end, name="answer")
         plan = replace(plan, segments=(*plan.segments, forced))
     dense = plan.dense()
-    roles = torch.full_like(dense.tokens, ENCODED)
-    roles[: len(parts.system)] = 0
-    roles[dense.computed] = COMPUTED
+    (_, encoded), (_, asking) = dense.adapters
+    roles = ENCODED * encoded.long() + ASKED * asking.long()
     return Row(dense.tokens, dense.positions, dense.mask, answer, roles)
 
 
 def _plain(ids: Tensor) -> Row:
     places = torch.arange(len(ids) - 1)
-    return Row(ids[:-1], places, places[None] <= places[:, None], ids[1:], torch.full_like(places, COMPUTED))
+    return Row(ids[:-1], places, places[None] <= places[:, None], ids[1:], torch.full_like(places, ASKED))
 
 
 def merged(rows: Sequence[Row]) -> Row:

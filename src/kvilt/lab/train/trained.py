@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvilt.errors import TrainError
-from kvilt.lab.train.dense import COMPUTED, ENCODED, Batch, logits_of
+from kvilt.lab.train.dense import ASKED, ENCODED, Batch, logits_of
 from kvilt.model.model import Model
+from kvilt.types import Adapter, digest_of
 
-Where = Literal["all", "encoded", "computed"]
-ROLES = {"all": None, "encoded": ENCODED, "computed": COMPUTED}
+Where = Literal["all", "encoded", "asked"]
+ROLES = {"all": None, "encoded": ENCODED, "asked": ASKED}
 
 
 class Trained:
@@ -72,8 +74,7 @@ class LowRank(Trained):
     """LoRA (arXiv 2106.09685) on the layers' projections, and rows of their own for the embeddings of `ids`.
 
     `where` says which rows of a pass feel it: all; those of documents encoded alone (a writer that a frozen reader
-    reads); or those computed in the prompt, question and answer among them. `only` names the projections, as
-    ("q_proj",); empty: every one."""
+    reads); or those of question and answer. `only` names the projections, as ("q_proj",); empty: every one."""
 
     SCALE = 2.0  # lora_alpha / rank
 
@@ -115,6 +116,15 @@ class LowRank(Trained):
         low = self.SCALE * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         return output + (low if self._felt is None else low * self._felt)
 
+    def adapter(self) -> Adapter:
+        """What was learned, as strategies that serve it take it: `rows.adapter.save` writes it."""
+        kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name in self._modules:
+            a, b = (self.parameters[f"{name}.{side}"].detach().float().cpu().T for side in "AB")
+            kinds.setdefault(re.sub(r"^.*layers\.\d+\.", "", name), []).append((a, self.SCALE * b))
+        stacked = {k: (torch.stack([a for a, _ in p]), torch.stack([b for _, b in p])) for k, p in kinds.items()}
+        return Adapter(digest_of(*(t for pair in stacked.values() for t in pair)), stacked, self.model.digest)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Put what was learned into the model's own weights, for good."""
@@ -123,6 +133,10 @@ class LowRank(Trained):
             module.weight += (self.SCALE * product).to(module.weight.dtype)
         if self.ids:
             self.model.hf.get_input_embeddings().weight[self.ids] = self.parameters["rows"]
+        self.release()
+
+    def release(self) -> None:
+        """Leave the model as it was found."""
         for hook in self._hooks:
             hook.remove()
 
