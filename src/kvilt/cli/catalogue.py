@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvilt import registry
+from kvilt.cli import talk
 from kvilt.cli.show import table
 from kvilt.errors import SpecError, UserError, did_you_mean
 
@@ -50,12 +51,13 @@ def _name(kind: str, name: str, path: str, engine: Engine | None) -> Name:
 
 
 def _fits(name: str, engine: Engine) -> str:
-    """Whether a model can take a strategy, and what it lacks if it cannot."""
-    try:
-        engine.with_strategy(name)
-    except UserError as error:
-        return f"no: {error}"
-    return "yes"
+    """Whether a model can take a strategy, and what it lacks if it cannot, or was not trained for."""
+    with talk.heard() as warnings:
+        try:
+            engine.with_strategy(name)
+        except UserError as error:
+            return f"no: {error}"
+    return f"yes, but {'; '.join(warnings)}" if warnings else "yes"
 
 
 def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:

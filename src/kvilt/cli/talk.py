@@ -57,6 +57,29 @@ def speaking(quiet: bool) -> Iterator[None]:
         own.setLevel(levels[1])
 
 
+class _Kept(logging.Handler):
+    """Messages as a list."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.messages.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Warnings inside are kept instead of said."""
+    kept, before = _Kept(), logger.handlers[:]
+    logger.handlers[:] = [kept]
+    try:
+        yield kept.messages
+    finally:
+        logger.handlers[:] = before
+
+
 def say(message: str) -> None:
     """One line on stderr, unless quiet."""
     own.info("%s", message)
