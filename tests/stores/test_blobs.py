@@ -11,11 +11,10 @@ import pytest
 from store_kit import bytes_of
 
 from kvilt.errors import StoreError
-from kvilt.stores.blobs import BlobStore, MemoryBlob
+from kvilt.stores.blobs import BlobStore, MemoryBlob, MemoryBlobs
 from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.entry import Entry
 from kvilt.stores.folder import DiskBlobs
-from kvilt.stores.memory import MemoryBlobs
 from kvilt.stores.tiered import TieredBlobs
 
 KEYS = [f"{i:02x}" * 32 for i in range(8)]
@@ -27,7 +26,7 @@ def make_blobs(kind: str, path: Path) -> BlobStore:
     memory, disk = MemoryBlobs(), DiskBlobs(path / "one")
     tiers = {"memory": [memory], "disk": [disk], "tiered": [memory, disk]}.get(kind)
     if kind == "catalogue":
-        return Catalogue(disk, MemoryBlobs(), path / "one" / "c.sqlite", describe=lambda k, b: Entry(k, b.size, 1))
+        return Catalogue(disk, None, path / "one" / "c.sqlite", describe=lambda k, b: Entry(k, b.size, 1))
     tiers = tiers or [memory, disk, DiskBlobs(path / "two")]
     return TieredBlobs(tiers) if len(tiers) > 1 else tiers[0]
 

@@ -14,6 +14,7 @@ from store_kit import digest, make_cache, make_key, same, stored, unit
 
 from kvilt.errors import SpecError, StoreError, UserError
 from kvilt.rows.rows import TensorRows, whole
+from kvilt.stores.blobs import MemoryBlobs
 from kvilt.stores.store import REMEMBERED, Store
 
 Maker = Callable[..., Store]
@@ -308,3 +309,22 @@ def test_unknown_policies_and_sizes_are_refused(make: Maker) -> None:
         make(budget="much")
     with pytest.raises(SpecError, match="Did you mean 'lru'"):
         make(policy="lrv")
+
+
+def test_a_catalogue_is_optional() -> None:
+    """Danger: a store in a bucket of a million documents reads all their headers before it serves the first."""
+    blobs = MemoryBlobs()
+    Store(blobs).put(make_cache(1), title="one")
+    store = Store(blobs)
+    store.last.describe = lambda key, blob: pytest.fail("a header was read in advance")
+    assert stored(store, [1, 2]) == {1}
+    assert store.stats().budget is None
+    store = Store(blobs)
+    assert same(store.get(make_key(1)), make_cache(1))
+    assert store.put(make_cache(2))
+    assert store.pin(digest(1))
+    assert [(e.title, e.pinned) for e in store.entries()] == [("one", True), ("", False)]
+    assert store.verify() == []
+    store.gc()
+    assert store.stats().entries == 2
+    assert store.delete(digest(1))

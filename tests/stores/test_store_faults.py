@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_kit import digest, file_of, make_cache, make_key, same, stored
+from store_kit import digest, file_of, make_cache, make_key, same, stored, unit
 
 from kvilt.errors import StoreUnavailable
 from kvilt.rows.header import seal
@@ -334,3 +334,58 @@ def test_nothing_is_entered_later_where_there_is_little_room(tmp_path: Path) -> 
         store.put(make_cache(seed))
         assert not store.last._pending
         assert sum(f.stat().st_size for f in (tmp_path / "small").rglob("*.safetensors")) <= 4 * size
+
+
+def held_by(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+
+
+def test_what_is_entered_late_makes_room_late(tmp_path: Path) -> None:
+    """Danger D7: a writer that was given room long ago stores beyond the budget what others have filled meanwhile."""
+    budget = 100 * unit()
+    idle, busy = (DiskStore(str(tmp_path), budget=budget) for _ in range(2))
+    for seed in range(4):
+        idle.put(make_cache(seed))
+    assert idle.last._pending
+    for seed in range(100, 220):
+        busy.put(make_cache(seed))
+    for seed in range(4, 7):
+        idle.put(make_cache(seed))
+    idle.close()
+    busy.close()
+    assert held_by(tmp_path) <= budget
+    store = DiskStore(str(tmp_path), budget=budget)
+    assert store.stats().bytes == held_by(tmp_path)
+    store.close()
+
+
+def test_what_a_killed_writer_had_not_entered_counts(tmp_path: Path) -> None:
+    """Danger D7: every writer that is killed leaves documents that no budget counts."""
+    budget = 40 * unit()
+    for turn in range(12):
+        store = DiskStore(str(tmp_path), budget=budget)
+        for seed in range(4 * turn, 4 * turn + 4):
+            store.put(make_cache(seed))
+        store.last._pending.clear()  # kill -9
+        store._uses.clear()
+    assert held_by(tmp_path) <= budget + 2 * unit()
+    store = DiskStore(str(tmp_path), budget=budget)
+    store.put(make_cache(1000))
+    assert held_by(tmp_path) <= budget
+    assert store.stats().bytes == held_by(tmp_path)
+    assert store.entry(digest(1000)) is not None
+    store.close()
+
+
+def test_what_is_pending_is_entered_soon(disk: DiskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger D7: a server that stores a document and then waits keeps it from the others' accounts."""
+    monkeypatch.setattr("kvilt.stores.store.FLUSH_SECONDS", 0.01)
+    disk.put(make_cache(1))
+    disk.put(make_cache(2))
+    for _ in range(200):
+        if not disk.last._pending:
+            break
+        time.sleep(0.02)
+    assert not disk.last._pending
+    with contextlib.closing(sqlite3.connect(disk.path / "catalogue.sqlite", timeout=5)) as db:
+        assert db.execute("SELECT COUNT(*) FROM entries").fetchone() == (2,)

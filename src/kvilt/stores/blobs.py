@@ -1,4 +1,5 @@
-"""The contract every store meets: bytes under a key. A document exists if and only if its blob exists.
+"""The contract every store meets: bytes under a key. A document exists if and only if its blob exists. And the
+simplest of them: bytes in this process's memory.
 
 Nothing here knows what the bytes mean; pins, time to live, budgets and statistics are the catalogue's (`catalogue`).
 """
@@ -109,3 +110,28 @@ def check_key(key: str) -> str:
     if not (isinstance(key, str) and is_key(key)):
         raise StoreError(f"{key!r:.80} is no key of a stored document: a key is 64 hex digits (0-9, a-f).")
     return key
+
+
+class MemoryBlobs(BlobStore):
+    """Blobs in this process's memory."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, MemoryBlob] = {}  # every use of it is one operation, so no lock is needed
+
+    def get_many(self, keys: Sequence[str]) -> Blobs:
+        return [self._blobs.get(check_key(key)) for key in keys]
+
+    def put(self, key: str, data: Sequence[memoryview]) -> bool:
+        if check_key(key) in self._blobs:
+            return False
+        blob = MemoryBlob([memoryview(b"".join(data))])
+        return self._blobs.setdefault(key, blob) is blob
+
+    def delete(self, key: str) -> bool:
+        return self._blobs.pop(check_key(key), None) is not None
+
+    def list(self) -> Iterator[tuple[str, int]]:
+        return iter([(key, blob.size) for key, blob in self._blobs.copy().items()])
+
+    def close(self) -> None:
+        self._blobs.clear()

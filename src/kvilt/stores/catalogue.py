@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
 from kvilt.stores import tables
-from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob
+from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob, MemoryBlobs
 from kvilt.stores.database import MOMENT, Database
 from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
@@ -47,7 +47,7 @@ class Catalogue(Database, BlobStore):
     def __init__(
         self,
         blobs: BlobStore,
-        pins: BlobStore,
+        pins: BlobStore | None = None,
         path: Path | None = None,
         policy: str = "lru",
         budget: int | None = None,
@@ -56,7 +56,7 @@ class Catalogue(Database, BlobStore):
     ) -> None:
         super().__init__(path)
         self.blobs, self.describe = blobs, describe
-        self.pins = pins  # an empty blob for each: they outlive the catalogue, and a damaged document
+        self.pins = pins or MemoryBlobs()  # an empty blob for each: they outlive the catalogue, and a damaged document
         self.memo: MutableMapping[str, Any] = {}  # what the store remembers of blobs it opened
         self._budget, self._quota = budget, quota
         self._policy = policy
@@ -65,8 +65,9 @@ class Catalogue(Database, BlobStore):
             raise SpecError(f"unknown eviction policy {policy!r}.{did_you_mean(policy, POLICIES)} Known: {known}.")
         self.next: Entry | None = None  # what will be put next, if it is known: then it need not tell itself
         self._damaged = 0
-        self._pending: list[Entry] = []  # stored, and entered with the next transaction
+        self._pending: dict[str, Entry] = {}  # stored, and entered with the next transaction
         self._grant = 0.0  # bytes that may be stored before the catalogue is asked again
+        self._complete = path is None  # whether it knows what processes that were killed have stored
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
         return self.blobs.get_many(keys)
@@ -88,8 +89,10 @@ class Catalogue(Database, BlobStore):
         if not self.asks(entry.bytes):
             made = self.blobs.put(key, data)
             self._grant -= entry.bytes
-            self._pending += [entry] if made else []
+            self._pending |= {key: entry} if made else {}
             return made
+        if not self._complete:
+            self.adopt()
         self.write(lambda db: self._enter(db, entry))
         try:
             made = self.blobs.put(key, data)
@@ -103,15 +106,18 @@ class Catalogue(Database, BlobStore):
 
     def write(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
         """Do `work` alone, after what is pending was entered. Raises StoreUnavailable."""
-        with self._lock:
-            count = len(self._pending)
+        pending = dict(self._pending)
 
-            def both(db: sqlite3.Connection) -> T:
-                self._insert(db, self._pending[:count])
-                return work(db)
+        def both(db: sqlite3.Connection) -> T:
+            self._insert(db, [pending[key] for key in self.blobs.contains(pending)])
+            made = work(db)
+            if pending and not self._quota:  # others may have taken the room meanwhile
+                self._evict(db, 0, "")
+            return made
 
-            made = super().write(both, patience)
-            del self._pending[:count]
+        made = super().write(both, patience)
+        for key in pending:
+            self._pending.pop(key, None)
         return made
 
     def asks(self, size: int) -> bool:
@@ -189,14 +195,21 @@ class Catalogue(Database, BlobStore):
 
     def gc(self) -> int:
         """Drop what is expired, left behind or over a limit, and enter what is not entered; bytes freed."""
-        freed, there, rows = self.blobs.sweep(), {key for key, _ in self.blobs.list()}, self.rows()
-        self.forget(rows.keys() - there)
-        unknown = [*self._survey(there - rows.keys())]
-        self.write(lambda db: self._insert(db, unknown))
+        freed = self.blobs.sweep()
+        self.adopt()
         over = self.rows("expires <= ? AND NOT pinned", time.time())
         freed += sum(row.bytes for key, row in over.items() if self._drop(key))
         self.forget(over)
         return freed + self.write(self._shrink)
+
+    def adopt(self) -> None:
+        """Enter what is stored but not entered, and forget what is gone. Raises StoreUnavailable."""
+        there = {key for key, _ in self.blobs.list()}
+        known = self.read(lambda db: {key for (key,) in db.execute("SELECT key FROM entries")})
+        unknown = [*self._survey(there - known)]
+        self.write(lambda db: self._insert(db, unknown))
+        self.forget(known - there)
+        self._complete = True
 
     def build(self, db: sqlite3.Connection) -> None:
         for statement in tables.SCHEMA.strip().split("\n\n"):

@@ -174,8 +174,6 @@ class Database(ABC):
             if _version(db) != self.version:
                 with self._transaction(db, write=True):
                     if _version(db) != self.version:  # nobody was faster
-                        if db.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
-                            raise sqlite3.DatabaseError(f"its version is {_version(db)}, not {self.version}")
                         self.build(db)
                         db.execute(f"PRAGMA user_version = {self.version}")
         except BaseException:

@@ -63,17 +63,20 @@ class Opened(NamedTuple):
 
 
 class Store:
-    """Document caches by content address, in the blobs of one catalogue, or of several behind one another.
+    """Document caches by content address, in any blobs; where several are behind one another, under several catalogues.
 
     `put` of an existing key is a no-op, so writers need not coordinate. A damaged, foreign or half-written document is
     never returned: it is set aside, counted, logged, and counts as a miss. Another version's is left alone.
     """
 
-    def __init__(self, *catalogues: Catalogue, blobs: BlobStore | None = None) -> None:
-        self.catalogues, self.last = catalogues, catalogues[-1]  # what is in the last one, is there
-        self.blobs = blobs or self.last
+    def __init__(self, blobs: BlobStore, *catalogues: Catalogue) -> None:
+        if not catalogues:  # one that limits nothing, and reads nothing in advance, unless it is given
+            blobs = blobs if isinstance(blobs, Catalogue) else Catalogue(blobs)
+            catalogues = (blobs,)
+        self.blobs, self.catalogues, self.last = blobs, catalogues, catalogues[-1]  # what is in the last one, is there
         self._memo: dict[str, Opened] = {}  # in order of last use; every use of it is one operation, so no lock
         self._uses: deque[Use] = deque(maxlen=100_000)
+        self._timer: threading.Timer | None = None
         self._pid = os.getpid()
         for catalogue in catalogues:
             catalogue.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
@@ -116,7 +119,9 @@ class Store:
         entry = Entry(key.digest, size, len(cache.tokens), title, key.namespace, now, now, 0, False, expires, fields)
         for catalogue in self.catalogues:
             catalogue.next = entry
-        return self.blobs.put(key.digest, data)
+        made = self.blobs.put(key.digest, data)
+        self._write_soon()
+        return made
 
     def contains(self, digests: Iterable[str]) -> set[str]:
         """Which of these digests are stored."""
@@ -187,12 +192,15 @@ class Store:
     def _note(self, uses: Sequence[str | None]) -> None:
         """Count uses, or misses (None), without waiting for anything: they are written within a few seconds."""
         self._forget_parent()
-        if len(self._uses) % 256 < len(uses):  # there were none, or the last timer could not write them
-            timer = threading.Timer(FLUSH_SECONDS, _record, [self._uses, self.catalogues, 0.0])
-            timer.daemon = True
-            with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends: `_record` runs then
-                timer.start()
         self._uses.extend((digest, time.time()) for digest in uses)
+        self._write_soon()
+
+    def _write_soon(self) -> None:
+        if self._timer is None or not self._timer.is_alive():
+            self._timer = threading.Timer(FLUSH_SECONDS, _record, [self._uses, self.catalogues, 0.0])
+            self._timer.daemon = True
+            with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends: `_leave` does it then
+                self._timer.start()
 
     def _forget_parent(self) -> None:
         if self._pid != os.getpid():  # in a forked child: the parent writes its own

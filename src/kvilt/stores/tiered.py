@@ -92,4 +92,4 @@ class TieredStore(Store):
     ) -> None:
         self.stores = _stores or (MemoryStore(memory, policy), DiskStore(path, budget, policy, quota))
         blobs = TieredBlobs([store.blobs for store in self.stores])
-        super().__init__(*(catalogue for store in self.stores for catalogue in store.catalogues), blobs=blobs)
+        super().__init__(blobs, *(catalogue for store in self.stores for catalogue in store.catalogues))
