@@ -23,6 +23,7 @@ from tokenizers import normalizers
 
 import zoo
 from cli_kit import data, error, run, run_any, stored, write_documents
+from kvilt.errors import UserError
 from kvilt.strategies.wrapper import Wrapper
 
 ASK = ("ask", "what?", "--max-new-tokens", 1)
@@ -295,6 +296,9 @@ def test_the_rest_of_a_folder_is_encoded(model_dir: Path, docs: list[Path], stor
         assert f"{name}" in result.stderr
     assert data(*common, code=2)["present"] == 5
     assert "nothing to encode" in error("encode", tmp_path / "docs" / "void.txt", *common[2:])
+    both = [tmp_path / "docs" / name for name in ("long.txt", "longer.txt")]
+    message = error("ask", "what?", "--docs", *both, *common[2:])
+    assert all(str(path) in message for path in both)
 
 
 def test_closed_streams_and_broken_pipes(tmp_path: Path) -> None:
@@ -327,6 +331,18 @@ def test_ctrl_c_while_starting(seconds: float, model_dir: Path, docs: list[Path]
     assert (process.returncode, out) == (130, "")
     assert said.startswith("error: stopped.")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_others_runs_only_when_it_is_trusted(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: the flag does not reach the loader, or is on without being given."""
+
+    def load(*given: object, trust_remote_code: bool) -> None:
+        raise UserError(f"trusted: {trust_remote_code}")
+
+    monkeypatch.setattr("kvilt.engine.engine.load_model", load)
+    flag = ("--trust-remote-code",) if trusted else ()
+    assert error("verify", "--model", "any", *flag) == f"trusted: {trusted}"
 
 
 def test_a_fault_of_our_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
