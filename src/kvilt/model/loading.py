@@ -46,8 +46,9 @@ def load_model(
     what = f"model {name!r}" if base == name else f"base model {base!r} of adapter {name!r}"
     hf, tokenizer, known_as, reason = _load(base, what, dtype, place, trust_remote_code)
     if merged:
+        both = digest_of(known_as.digest, merged.digest)
         adapters.merge(hf, merged)
-        known_as, hf.name_or_path = Identity(hf, known_as.folder, digest_of(known_as.digest, merged.digest)), name
+        known_as, hf.name_or_path = Identity(hf, known_as.folder, both), name
     if described is not None:
         with _explained(f"adapter {name!r}", name):
             tokenizer = _adapted(hf, described.parent, trust_remote_code) or tokenizer
