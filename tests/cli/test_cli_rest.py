@@ -78,7 +78,7 @@ def test_list_says_what_a_model_can_take(model_dir: Path) -> None:
     fits = {n["name"]: n["fits"] for n in data("list", "strategy", model_dir)["strategy"]}
     assert fits["block"] == fits["full"] == "yes"
     assert "trained vectors" in fits["kv_packet"]
-    assert fits["kvlink"].startswith("yes, but")
+    assert fits["kvlink"].startswith("yes, with a warning: ")
     result = run("list", "strategy", model_dir)
     assert "this model" in result.stdout
     assert "untrained" not in result.stderr

@@ -57,7 +57,7 @@ def _fits(name: str, engine: Engine) -> str:
             engine.with_strategy(name)
         except UserError as error:
             return f"no: {error}"
-    return f"yes, but {'; '.join(warnings)}" if warnings else "yes"
+    return f"yes, with a {'; '.join(warnings)}" if warnings else "yes"
 
 
 def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 LINE_SECONDS = 5.0  # between lines of progress where none can be redrawn
 DRAW_SECONDS = 0.1
@@ -26,26 +26,25 @@ def shown(text: object, keep: str = "") -> str:
 
 
 class _Handler(logging.Handler):
-    """Messages as lines on stderr; a warning that many documents cause is said once."""
+    """Tells messages as lines; a warning that many documents cause is told once."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__(logging.NOTSET)
-        self._said: set[str] = set()
+        self._tell, self._told = tell, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
-        message = shown(record.getMessage())
-        if record.levelno == logging.INFO:
-            _print(message)
-        elif message not in self._said:
-            self._said.add(message)
-            _print(f"{record.levelname.lower()}: {message}")
+        """Tell one message."""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        line = level + shown(record.getMessage())
+        if not level or line not in self._told:
+            self._told.add(line)
+            self._tell(line)
 
 
 @contextlib.contextmanager
 def speaking(quiet: bool) -> Iterator[None]:
     """Let Kvilt's messages through to stderr; only errors if quiet."""
-    handler, levels = _Handler(), (logger.level, own.level)
+    handler, levels = _Handler(_print), (logger.level, own.level)
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     own.setLevel(logging.ERROR if quiet else logging.INFO)
@@ -57,25 +56,13 @@ def speaking(quiet: bool) -> Iterator[None]:
         own.setLevel(levels[1])
 
 
-class _Kept(logging.Handler):
-    """Messages as a list."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep one message."""
-        self.messages.append(record.getMessage())
-
-
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
     """Warnings inside are kept instead of said."""
-    kept, before = _Kept(), logger.handlers[:]
-    logger.handlers[:] = [kept]
+    kept, before = list[str](), logger.handlers[:]
+    logger.handlers[:] = [_Handler(kept.append)]
     try:
-        yield kept.messages
+        yield kept
     finally:
         logger.handlers[:] = before
 
