@@ -153,5 +153,5 @@ def test_mistakes_are_seen_before_the_model_is_loaded(tmp_path: Path) -> None:
     common = ("calibrate", "ape", document, "--model", "none")
     assert "no such folder" in error(*common, "--out", tmp_path / "nowhere" / "ape.json")
     assert "holds no question" in error(*common, "--questions", empty)
-    assert "cannot read the questions" in error(*common, "--questions", tmp_path / "none")
+    assert "cannot be read" in error(*common, "--questions", tmp_path / "none")
     assert "no such file" in error("calibrate", "ape", tmp_path / "missing.txt", "--model", "none")

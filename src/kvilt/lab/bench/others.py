@@ -94,9 +94,8 @@ from kvilt.lab.bench.ttft import setting
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-shape, documents, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-subject = random_subject(shape)
-made, model = setting(subject, ["block"], folder, documents), subject.model
+subject = random_subject(sys.argv[1])
+made, model = setting(subject, ["block"], Path(sys.argv[3]), int(sys.argv[2])), subject.model
 engine = made.engines["block"]
 if sys.argv[4] == "answer":
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

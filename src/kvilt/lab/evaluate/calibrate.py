@@ -129,13 +129,10 @@ def _fitting(engine: Engine, documents: Sequence[Document], order: Sequence[int]
 
 
 def lines(file: Path | None) -> list[str] | None:
-    """The questions of a text file, one a line. Raises PromptError where there are none."""
+    """The questions of a text file, one a line. Raises UserError where there are none."""
     if file is None:
         return None
-    try:
-        asked = [line.strip() for line in text_lines(file) if line.strip()]
-    except DocumentError as error:
-        raise PromptError(f"cannot read the questions: {error}") from error
+    asked = [line.strip() for line in text_lines(file) if line.strip()]
     if not asked:
         raise PromptError(f"{file} holds no question; write one a line.")
     return asked

@@ -56,8 +56,3 @@ def divergence(full: Tensor, strategy: Tensor) -> float:
 def same_text(a: str, b: str) -> bool:
     """Whether two answers are the same after SQuAD normalisation."""
     return normalise(a) == normalise(b)
-
-
-def same_first_token(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two answers begin with the same token."""
-    return list(a[:1]) == list(b[:1])

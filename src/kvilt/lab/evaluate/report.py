@@ -76,11 +76,8 @@ def load(out_dir: str | Path) -> dict[str, list[Rows]]:
             tasks.setdefault(f"{header['label']} (v{header['version']})", []).append(Rows(header, records))
     if not tasks:
         raise UserError(f"{place} holds no records (*.jsonl with at least one sample): run `kvilt evaluate` first.")
-    return {task: sorted(rows, key=_place) for task, rows in tasks.items()}
-
-
-def _place(rows: Rows) -> tuple[int, float, str]:
-    return _ORDER[rows.header["role"]], rows.mean("usage", "charged") or 0.0, str(rows.header["name"])
+    order = lambda r: (_ORDER[r.header["role"]], r.mean("usage", "charged") or 0.0, str(r.header["name"]))  # noqa: E731
+    return {task: sorted(rows, key=order) for task, rows in tasks.items()}
 
 
 def report(out_dir: str | Path, by: str | None = None) -> str:

@@ -171,7 +171,7 @@ def _closeness(task: Task, answer: Answer, full: Record, scores: Tensor, wanted:
     """Fidelity to full recompute on the same prompt; both logits are over full recompute's answer."""
     return {
         "agreement": fidelity.same_text(task.extract(full["text"]), task.extract(answer.text)),
-        "first_token": fidelity.same_first_token(full["tokens"], answer.tokens),
+        "first_token": full["tokens"][:1] == list(answer.tokens[:1]),
         "kl": fidelity.divergence(wanted[: len(scores)], scores),
     }
 

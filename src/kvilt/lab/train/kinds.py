@@ -32,8 +32,7 @@ def chat(row: dict[str, Any], where: str) -> Sample:
         raise TrainError(f'{where}: "messages" must alternate between user and assistant and end with an answer.')
     pairs = list(zip(turns[:-2:2], turns[1:-2:2], strict=True))
     documents = [*system, *(f"User: {asked}\nAssistant: {said}" for (_, asked), (_, said) in pairs)]
-    made = tuple(Document(text) for text in documents)
-    return Sample(made, turns[-2][1], (turns[-1][1],), ordered=True, where=where)
+    return Sample(tuple(map(Document, documents)), turns[-2][1], (turns[-1][1],), ordered=True, where=where)
 
 
 def multi_turn(row: dict[str, Any], where: str) -> Sample:
@@ -55,8 +54,8 @@ def summary(row: dict[str, Any], where: str) -> Sample:
     words = article.split()
     if not words or not wanted.strip():
         raise TrainError(f'{where}: a summary row needs "document" and "summary".')
-    tokens = len(words) / WORDS_PER_TOKEN
-    size = round((LONG_CHUNK_TOKENS if tokens > LONG_ARTICLE else CHUNK_TOKENS) * WORDS_PER_TOKEN)
+    is_long = len(words) > LONG_ARTICLE * WORDS_PER_TOKEN
+    size = round((LONG_CHUNK_TOKENS if is_long else CHUNK_TOKENS) * WORDS_PER_TOKEN)
     pieces = tuple(Document(" ".join(words[i : i + size])) for i in range(0, len(words), size))
     return Sample(pieces, SUMMARY_QUESTION, (wanted,), ordered=True, where=where)
 
@@ -81,8 +80,7 @@ MIXTURE = dict(zip(KINDS, (10.0, 25.0, 5.0, 10.0, 30.0, 20.0), strict=True))  # 
 
 def source(spec: str, allowed: Sequence[str] = TRAIN_SPLITS) -> Source:
     """Read "[kind:]file[@weight]"; the kind is qa unless given."""
-    known = "|".join(KINDS)
-    kind, path, weight = re.findall(rf"^(?:({known}):)?(.*?)(?:@([0-9.]+))?$", spec, re.DOTALL)[0]
+    kind, path, weight = re.findall(rf"^(?:({'|'.join(KINDS)}):)?(.*?)(?:@([0-9.]+))?$", spec, re.DOTALL)[0]
     return Source(read(path, KINDS[kind or "qa"], allowed), float(weight or 0), kind or "qa")
 
 

@@ -120,8 +120,7 @@ def generate(
 
     `on_logits` gets the logits (prompts, vocab) of every step."""
     batch, stop = collate(prompts), _stops(model)
-    device = model.shape.device
-    cache = DynamicCache()
+    device, cache = model.shape.device, DynamicCache()
     mask = additive(batch.mask.to(device), model.shape.dtype)
     # the last row sees all of its prompt
     position, seen = batch.positions[:, -1:].to(device), batch.mask[:, 0, -1].to(device)

@@ -25,9 +25,7 @@ class HotpotQA(QATask):
     ALIASES: ClassVar[tuple[str, ...]] = ("hotpot",)
     HUB: ClassVar[tuple[str, str | None] | None] = ("hotpotqa/hotpot_qa", "distractor")
 
-    def official(self, row: Row) -> Item:
-        """{_id or id, question, answer, context, supporting_facts, type, level}."""
-        return paragraphs(self.NAME, row)
+    official = paragraphs
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,7 @@ class TwoWiki(QATask):
     ALIASES: ClassVar[tuple[str, ...]] = ("2wiki", "dev", "train", "test")  # the published files are dev.json, …
     HUB: ClassVar[tuple[str, str | None] | None] = ("xanhho/2WikiMultihopQA", None)
 
-    def official(self, row: Row) -> Item:
-        """{_id, question, answer, context, supporting_facts, type}."""
-        return paragraphs(self.NAME, row)
+    official = paragraphs
 
 
 @dataclass(frozen=True)

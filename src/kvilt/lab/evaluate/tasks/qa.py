@@ -150,8 +150,10 @@ def own(name: str, row: Row) -> Item:
     return Item(row.name(name), data["question"], tuple(data["answers"]), passages, extra)
 
 
-def paragraphs(name: str, row: Row) -> Item:
+def paragraphs(task: QATask, row: Row) -> Item:
     """A row of HotpotQA or 2WikiMultihopQA: paragraphs of sentences and the titles of the supporting ones.
+
+    {_id or id, question, answer, context, supporting_facts, type, level}.
 
     The original files hold lists of pairs, the hub copies columns or a JSON string."""
     data = row.data
@@ -162,7 +164,7 @@ def paragraphs(name: str, row: Row) -> Item:
     passages = tuple(Passage(title, " ".join(s.strip() for s in text), title in titles) for title, text in context)
     answer = () if data.get("answer") is None else (data["answer"],)
     extra: dict[str, Any] = {key: data[key] for key in ("type", "level") if key in data}
-    return Item(row.name(name), data["question"], answer, passages, {"hops": len(titles), **extra})
+    return Item(row.name(task.NAME), data["question"], answer, passages, {"hops": len(titles), **extra})
 
 
 def _decoded(value: Any) -> Any:

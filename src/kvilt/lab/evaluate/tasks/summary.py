@@ -57,7 +57,8 @@ class SummaryTask(Task):
             raise UserError(f"{self.NAME}: found {len(shots)} rows for {self.shots} examples. Set shots= lower.")
         documents = tuple(Document(f"{self._asked(shot)} {shot.summary}") for shot in shots)
         for pair in pairs:
-            yield Sample(pair.id, f"{self._rule()}\n\n{self._asked(pair)}", documents, (pair.summary,))
+            rule = f"Summarise the {self.KIND.lower()} below in the manner of the examples above."
+            yield Sample(pair.id, f"{rule}\n\n{self._asked(pair)}", documents, (pair.summary,))
 
     def pairs(self, split: str) -> Iterator[Pair]:
         """All texts of a split with their summaries."""
@@ -75,9 +76,6 @@ class SummaryTask(Task):
 
     def _asked(self, pair: Pair) -> str:
         return f"{self.KIND}:\n{pair.text}\nSummary:"
-
-    def _rule(self) -> str:
-        return f"Summarise the {self.KIND.lower()} below in the manner of the examples above."
 
 
 @dataclass(frozen=True)
