@@ -1,4 +1,4 @@
-"""Tokenizers like those of real models: SentencePiece's with byte tokens, and slow ones written in Python."""
+"""Tokenizers like those of real models: byte-level ones, and SentencePiece's with byte tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import zoo
 
@@ -82,37 +82,8 @@ def sentencepiece(scheme: str = "first", template: str | None = LLAMA2, unigram:
     return add(PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special))
 
 
-class Slow(PreTrainedTokenizer):
-    """A tokenizer written in Python: a token per character, with or without a space in front of every text."""
-
-    def __init__(self, prefix: str = "", **more: Any) -> None:
-        self.names, self.prefix = [*CONTROL, "\n", "\t", "\uff5c", *CHARACTERS], prefix
-        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", **more)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.names)
-
-    def get_vocab(self) -> dict[str, int]:
-        return {**{name: i for i, name in enumerate(self.names)}, **self._added_tokens_encoder}
-
-    def _tokenize(self, text: str, **more: Any) -> list[str]:
-        return list(self.prefix + text.replace(" ", "\u2581"))
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return self.names.index(token) if token in self.names else 0
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return self.names[index]
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return "".join(tokens).replace("\u2581", " ")
-
-
 TOKENIZERS = {
     "byte-level": byte_level,
     **{f"sentencepiece {s}": lambda s=s: sentencepiece(s, DEEPSEEK) for s in SCHEMES},
     **{f"unigram {s}": lambda s=s: sentencepiece(s, DEEPSEEK, unigram=True) for s in SCHEMES},
-    "slow": lambda: add(Slow(chat_template=DEEPSEEK)),
-    "slow with spaces": lambda: add(Slow("\u2581", chat_template=DEEPSEEK)),
 }

@@ -142,8 +142,10 @@ def _unquoted(value: str, spec: str) -> str:
     return value[1:-1].replace(value[0] * 2, value[0])
 
 
-def build(kind: str, spec: str) -> object:
-    """Make the object that a specification describes."""
+def build(kind: str, spec: Any) -> Any:
+    """Make the object that a specification describes; what is no text is such an object already."""
+    if not isinstance(spec, str):
+        return spec
     head, *others = split(spec, "|")
     if others:  # stores behind one another: the parts are specifications of the same kind
         name, _, first = head.partition(":")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -227,6 +228,25 @@ class Prompt:
     question: Tensor  # (tokens,) int64
     names: tuple[str, ...] = ()  # document ids, for strategies with named slots
     saved: int = 0  # tokens left out of the documents' texts, which full recompute would compute
+
+
+class Clock:
+    """Seconds since the start, and of every step."""
+
+    def __init__(self) -> None:
+        self.start = self._last = time.perf_counter()
+        self.steps: dict[str, float] = {}
+        self.first = 0.0
+
+    def lap(self, step: str) -> None:
+        """Charge the time since the last lap to a step."""
+        now = time.perf_counter()
+        self.steps[step] = self.steps.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def mark_first(self) -> None:
+        """The first token is there."""
+        self.first = time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import zoo
 from core_kit import DOCUMENTS, QUESTION
-from kvilt.engine.text import DEFAULT_SYSTEM, Memo, TextFormat
+from kvilt.engine.text import DEFAULT_SYSTEM, TextFormat
 from kvilt.errors import DocumentError, ModelError, PromptError
 from kvilt.types import Document
 
@@ -219,7 +218,7 @@ def test_merges_across_the_question_s_borders_are_kept() -> None:
 
 def test_threads_do_not_switch_each_other_s_tokenizer() -> None:
     """Danger: a fast tokenizer keeps "read special tokens" as its state; two threads flip it under each other."""
-    text = replace(format_of(LLAMA3), known=Memo(0))
+    text = format_of(LLAMA3)
     wanted = [text.document_ids(Document(EVIL)).tolist(), text.system_ids().tolist()]
     told = text.told("Something else.")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import zoo
 from core_kit import DOCUMENTS, QUESTION, TOLERANCE, ask, engine_of, off, store_of, text_format, wrapper_file
 from kvilt.engine.engine import Engine
+from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, DocumentError, PromptError, SpecError, StoreUnavailable, UserError
 from kvilt.model.loading import load_model
 from kvilt.model.model import Model
@@ -408,21 +409,13 @@ def test_two_threads_get_right_answers(spec: str) -> None:
     assert found == [wanted[i % 4] for i in range(8)]
 
 
-def test_what_is_remembered_of_documents_may_be_forgotten_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Danger: one thread clears the table of known documents while another one reads it."""
-    engine = engine_of()
-    monkeypatch.setattr("kvilt.engine.prompts.KNOWN", 2)
-    wanted = [i.key for i in engine.encoder.items(DOCUMENTS)]
-
-    class Forgetful(dict):  # type: ignore[type-arg]
-        def get(self, name: object, default: object = None) -> object:
-            found = super().get(name, default)
-            self.clear()  # another thread's doing
-            return found
-
-    engine.prompts._known = Forgetful()
-    for _ in range(3):
-        assert [i.key for i in engine.prompts._items(DOCUMENTS)] == wanted
+def test_known_documents_are_not_tokenised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: twenty documents cost 24 ms of tokenising in every request, or one with other fields is taken for a known one."""
+    engine, other = engine_of(), dataclasses.replace(DOCUMENTS[0], store=False)
+    items = engine._items(DOCUMENTS)
+    assert [i.document for i in engine._items([other, *DOCUMENTS])] == [other, *DOCUMENTS]
+    monkeypatch.setattr(TextFormat, "plain_ids", lambda *_: pytest.fail("tokenised again"))
+    assert all(a is b for a, b in zip(engine._items([dataclasses.replace(d) for d in DOCUMENTS]), items, strict=True))
 
 
 # --- who finds what ---
@@ -442,10 +435,7 @@ def test_keys_of_another_namespace_never_hit(encoded: list[str]) -> None:
         assert (usage.hits, usage.misses) == (0, 3)
     assert len(encoded) == 2 * 4  # the system part, too
     assert ask(mine.with_strategy("prompt_cache")).usage.hits == 3
-    keys = [
-        {e.prompts._system.key.digest, *(i.key.digest for i in e.encoder.items(DOCUMENTS))}
-        for e in (mine, theirs, shared)
-    ]
+    keys = [{e._system.key.digest, *(i.key.digest for i in e.encoder.items(DOCUMENTS))} for e in (mine, theirs, shared)]
     assert len(set.union(*keys)) == 12
     for wrong in ("", "\udcff", "a\nb", "x" * 5000):
         with pytest.raises(UserError, match="namespace"):

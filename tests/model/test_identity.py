@@ -281,3 +281,9 @@ def test_a_tokenizer_is_what_it_maps_texts_to_not_how_it_was_called_last() -> No
     assert identity.tokenizer_digest(tokenizer) == before
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     assert identity.tokenizer_digest(tokenizer) != before
+
+
+def test_a_tokenizer_written_in_python_is_refused() -> None:
+    """Danger: a tokenizer that cannot be taken apart ends in a traceback, or reads control tokens in users' texts."""
+    with pytest.raises(ModelError, match="written in Python"):
+        identity.tokenizer_digest(object())

@@ -367,6 +367,13 @@ def test_random_depends_on_seed_and_documents_alone() -> None:
 # --- what it costs ---
 
 
+def charged(engine: Engine, asked: Prompt) -> Plan:
+    """The strategy's plan of a prompt, charged with what its probe passes have cost."""
+    probe = ModelProbe(engine.model, engine.info)
+    plan = engine.strategy.plan(asked, probe)
+    return dataclasses.replace(plan, overhead=plan.overhead + probe.charged)
+
+
 def costs(model: Model, positions: Sequence[int], size: int) -> float:
     """Tokens at these positions, each seeing all before it, in units of a prompt of `size` tokens."""
     linear = model.info().linear_cost
@@ -382,7 +389,7 @@ def test_looking_is_charged_by_hand(method: str, tokens: range, top_layer: int) 
     model = zoo.model_of("llama")
     info = model.info()
     engine = engine_of(spec_of(method, ratio=0.3))
-    plan = engine.planned(prompt(ids(4, 9), *caches(12, 9), system=system()))
+    plan = charged(engine, prompt(ids(4, 9), *caches(12, 9), system=system()))
     looked = costs(model, tokens, 30) * (top_layer + info.projection_share) / 4
     assert plan.overhead == pytest.approx(looked)
     computed = plan.positions[plan.computed_rows].tolist()
@@ -395,7 +402,7 @@ def test_every_stage_of_cacheblend_is_charged() -> None:
     """Danger: gradual filtering looks as cheap as one look, or each stage is charged for all tokens."""
     model = zoo.model_of("llama")
     share = model.info().projection_share
-    plan = engine_of("cacheblend:ratio=0.3,stages=2").planned(prompt(ids(4, 9), *caches(12, 9), system=system()))
+    plan = charged(engine_of("cacheblend:ratio=0.3,stages=2"), prompt(ids(4, 9), *caches(12, 9), system=system()))
     between = round(0.3 * 1.1 * 21)
     first = costs(model, range(5, 30), 30) * (1 + share) / 4
     cheapest, dearest = ([*range(start, start + between), *range(26, 30)] for start in (5, 26 - between))

@@ -25,6 +25,7 @@ from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
 PADDING = 1.15  # a batch's longest document is at most this much longer than its shortest
+KNOWN = 1 << 13  # documents whose tokens and keys are remembered
 
 NONE = Compression()
 NOTHING = torch.zeros(0, dtype=torch.long)
@@ -47,6 +48,11 @@ class Item:
     def title(self) -> str:
         """What a person calls the document."""
         return self.document.title or self.document.id or ""
+
+    @property
+    def bare(self) -> DocumentCache:
+        """Its tokens alone, to be computed."""
+        return DocumentCache(self.ids, torch.arange(len(self.ids)), len(self.ids), self.key)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Encoder:
         frame = self.model.key(NOTHING, self.encoding, namespace=self.namespace)  # what all their keys have in common
         for document in documents:
             try:
-                items.append(self._item(document, frame))
+                items.append(self.item(document, frame))
             except DocumentError as error:
                 problems.append(str(error))
         if failed is not None:
@@ -134,7 +140,8 @@ class Encoder:
             raise DocumentError(" ".join(problems))
         return items
 
-    def _item(self, document: Document, frame: CacheKey) -> Item:
+    def item(self, document: Document, frame: CacheKey) -> Item:
+        """Tokens and key of one document; `frame` is a key of this encoder. Raises DocumentError."""
         ids, saved = self.text.document_ids(document), 0
         if self.compression.text is not None:
             document, before = self.compression.shorten(document), len(ids)
@@ -168,9 +175,7 @@ class Encoder:
         Raises DocumentError for documents that cannot be encoded, or with `keep_going` names them in the report. Raises
         StoreUnavailable when the store cannot be written."""
         began, failed = time.perf_counter(), list[str]()
-        unique = self._storable(documents, failed if keep_going else None)
-        present = self.store.contains(unique)
-        missing = [item for digest, item in unique.items() if digest not in present]
+        count, missing = self._missing(documents, failed if keep_going else None)
         encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
         for batch in batches(missing, lambda i: len(i.ids)):
             stored = [(item, cache) for item, cache in self._make(batch, self._store) if cache is not None]
@@ -180,22 +185,19 @@ class Encoder:
             if on_progress:
                 on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
         seconds = time.perf_counter() - began
-        return EncodeReport(len(unique), encoded, len(unique) - encoded, tokens, size, seconds, tuple(failed))
+        return EncodeReport(count, encoded, count - encoded, tokens, size, seconds, tuple(failed))
 
     def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
         """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
         failed = list[str]()
-        unique = self._storable(documents, failed)
-        present = self.store.contains(unique)
-        missing = [item for key, item in unique.items() if key not in present]
+        count, missing = self._missing(documents, failed)
         tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]
         began = time.perf_counter()
         size = sum(cache.nbytes for item in tried for cache in self.make([item]))
         rate = sum(len(i.ids) for i in tried) / max(time.perf_counter() - began, 1e-9)
         tokens, share = sum(len(i.ids) for i in missing), size / max(self._plain_size(tried), 1)
         size, seconds = round(share * self._plain_size(missing)), tokens / rate if tried else 0.0
-        present_count = len(unique) - len(missing)
-        return EncodeReport(len(unique), len(missing), present_count, tokens, size, seconds, tuple(failed))
+        return EncodeReport(count, len(missing), count - len(missing), tokens, size, seconds, tuple(failed))
 
     def obtain(self, items: Sequence[Item], lost: Collection[str] = ()) -> dict[str, DocumentCache]:
         """The caches of documents that the store does not have, or has `lost`, encoded now and stored, by digest.
@@ -222,7 +224,7 @@ class Encoder:
         mine, theirs = self.flights.take(by_digest)
         try:
             sound = [by_digest[digest] for digest in mine if digest not in lost]
-            there = self._stored(sound)  # finished by somebody since we looked
+            there = self.store.found([i.key for i in sound])  # finished by somebody since we looked
             for digest, cache in there.items():
                 self.flights.land(digest, cache)
                 yield by_digest[digest], cache
@@ -236,13 +238,6 @@ class Encoder:
                 self.flights.land(digest, None)  # no effect on those that have landed
         for digest, future in theirs.items():
             yield by_digest[digest], future.result()
-
-    def _stored(self, items: Sequence[Item]) -> dict[str, DocumentCache]:
-        try:
-            caches = self.store.get_many([i.key for i in items])
-        except StoreUnavailable:
-            return {}
-        return {i.key.digest: c for i, c in zip(items, caches, strict=True) if c is not None}
 
     def _store(self, item: Item, cache: DocumentCache) -> None:
         self.store.put(cache, title=item.title, ttl=self.ttl)
@@ -272,9 +267,11 @@ class Encoder:
             rows = TensorRows(rows.data.to(model.stored))
         return replace(cache, key=item.key, rows=rows)
 
-    def _storable(self, documents: Iterable[Document], failed: list[str] | None) -> dict[str, Item]:
-        """Documents by content address, those left out that must never be stored."""
-        return {item.key.digest: item for item in self.items(documents, failed) if item.document.store}
+    def _missing(self, documents: Iterable[Document], failed: list[str] | None) -> tuple[int, list[Item]]:
+        """How many different documents may be stored, and those that are not there."""
+        unique = {item.key.digest: item for item in self.items(documents, failed) if item.document.store}
+        present = self.store.contains(unique)
+        return len(unique), [item for digest, item in unique.items() if digest not in present]
 
     def _plain_size(self, items: Sequence[Item]) -> int:
         """Bytes of documents that are not compressed."""

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvilt import registry
 from kvilt.compress.base import Compression
-from kvilt.engine.encoder import Encoder, EncodeReport, Flights
-from kvilt.engine.prompts import Clock, Prompts, Ready
+from kvilt.engine.encoder import KNOWN, NOTHING, Encoder, EncodeReport, Flights, Item
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
-from kvilt.errors import DamagedCache, PromptError, StoreUnavailable, UnreadableCache
+from kvilt.errors import DamagedCache, DocumentError, PromptError, StoreUnavailable, UnreadableCache
 from kvilt.model.decoding import Settings, check_ids, generate
 from kvilt.model.loading import load_model, wrap
 from kvilt.model.model import Model
 from kvilt.model.placing import Run
-from kvilt.plan import Plan, Segment
+from kvilt.model.probe import ModelProbe
+from kvilt.plan import Plan, Segment, prefill_cost
 from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
-from kvilt.types import Answer, Document, Encoding, Prompt, Usage
+from kvilt.types import Answer, Clock, Document, DocumentCache, Encoding, Prompt, Usage
 
 T = TypeVar("T")
 logger = logging.getLogger("kvilt")
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """The caches of a prompt, and how they came."""
+
+    system: DocumentCache
+    documents: list[DocumentCache]
+    hits: int
+    misses: int
+    encoded: tuple[int, ...] = ()  # tokens of everything that had to be encoded
 
 
 class Engine:
@@ -57,7 +69,10 @@ class Engine:
         self.encoder = Encoder(
             model, text, store, encoding, namespace, compression=self.compression, flights=self.flights
         )
-        self.prompts = Prompts(model, text, self.strategy, self.info, self.encoder)
+        self._plain = replace(self.encoder, encoding=Encoding(), compression=Compression())  # of the system part
+        ids = torch.tensor(system, dtype=torch.long)
+        self._system = Item(Document("", title="system"), ids, model.key(ids, Encoding(), namespace=namespace))
+        self._item = functools.lru_cache(KNOWN)(self.encoder.item)  # tokenising takes about a millisecond a document
         self._told: dict[str, Engine] = {}  # by system text
 
     @classmethod
@@ -79,9 +94,8 @@ class Engine:
         `dtype` "auto" is what this machine computes fastest in; documents are stored in the checkpoint's own."""
         smaller = Compression.of(compress)  # before the model: mistakes show at once
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-        built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
-        keep = cast(Store, registry.build("store", store)) if isinstance(store, str) else store
-        return cls(loaded, TextFormat.of(tokenizer, system), built, keep, namespace, smaller)
+        built = registry.build("strategy", strategy), registry.build("store", store)
+        return cls(loaded, TextFormat.of(tokenizer, system), *built, namespace, smaller)
 
     @classmethod
     def of(
@@ -91,13 +105,12 @@ class Engine:
 
         Raises ModelError where the model cannot be served exactly."""
         model, text = wrap(hf, tokenizer), TextFormat.of(tokenizer, options.pop("system", None))
-        built, keep = registry.build("strategy", strategy), registry.build("store", store)
-        return cls(model, text, cast(Strategy, built), cast(Store, keep), **options)
+        return cls(model, text, registry.build("strategy", strategy), registry.build("store", store), **options)
 
     def with_strategy(self, strategy: str | Strategy, compress: str | Compression | None = None) -> Engine:
         """The same model and store with another strategy, and another compression if one is given."""
-        built = cast(Strategy, registry.build("strategy", strategy)) if isinstance(strategy, str) else strategy
         same = self.compression if compress is None else compress
+        built = registry.build("strategy", strategy)
         return Engine(self.model, self.text, built, self.store, self.namespace, same, self.flights)
 
     def with_system(self, system: str) -> Engine:
@@ -113,7 +126,7 @@ class Engine:
 
     def encode(self, documents: Sequence[Any], **options: Any) -> EncodeReport:
         """Encode and store documents, and the system part, ahead of any question (`Encoder.encode` has the options)."""
-        self.prompts.fetch([], {})
+        self._fetch([], ())
         return self.encoder.encode(self.text.documents(documents), **options)
 
     def answer(
@@ -140,16 +153,28 @@ class Engine:
         clock, settings = Clock(), Settings.of(self.model.hf, sampling, self.text.tokenizer)
 
         def attempt(lost: dict[str, bool]) -> Answer:
-            ready = self.prompts.ready(question, documents, allow_empty, max_new_tokens, clock, lost)
-            room = self.prompts.room(ready.plan.end, max_new_tokens)
+            plan, caches, probed = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
+            room = self._room(plan.end, max_new_tokens)
             if streamer is not None:
                 streamer.put(torch.empty(0, dtype=torch.long))  # a reader who went away stops the work here
-            with self.model.run(ready.plan, room) as computed:
+            with self.model.run(plan, room) as computed:
                 clock.lap("run")
-                run, prompt = through(computed), torch.cat([s.tokens for s in ready.plan.segments])
+                run, prompt = through(computed), torch.cat([s.tokens for s in plan.segments])
                 tokens = generate(run, prompt, room, settings, clock.mark_first, streamer)
                 clock.lap("decode")
-                usage = self._usage(ready, run, clock, len(tokens), sum(lost.values()))
+            usage = Usage(
+                reused_tokens=plan.reused_count,
+                computed_tokens=len(plan.computed_rows),
+                generated_tokens=len(tokens),
+                charged=plan.charged(self.info.linear_cost),
+                hits=caches.hits,
+                misses=caches.misses,
+                damaged=sum(lost.values()),
+                bytes_loaded=run.bytes_loaded + probed,
+                ttft_s=clock.first,
+                steps_s=clock.steps,
+                note=plan.note,
+            )
             return Answer(self.text.decode(tokens), tokens, usage, self.label, run.logits.cpu())
 
         return self._until_sound(attempt)
@@ -170,20 +195,92 @@ class Engine:
         count, forced = len(continuation), torch.tensor(list(continuation[:-1]), dtype=torch.long)
 
         def attempt(lost: dict[str, bool]) -> Tensor:
-            plan = self.prompts.ready(question, documents, allow_empty, count, Clock(), lost, least=count).plan
-            self.prompts.room(plan.end, count, least=count)
+            plan = self._ready(question, documents, allow_empty, count, Clock(), lost, least=count)[0]
+            self._room(plan.end, count, least=count)
             added = (Segment(forced, plan.end, name="answer"),) if len(forced) else ()
             return self.model.score(replace(plan, segments=(*plan.segments, *added)), count)
 
         return self._until_sound(attempt)
 
-    def planned(self, prompt: Prompt) -> Plan:
-        """The strategy's plan of a prompt, charged with what its probe passes have cost."""
-        return self.prompts.planned(prompt)
-
     def plan(self, question: str, documents: Sequence[Any]) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
-        return self.prompts.ready(question, documents, False, 1, Clock(), ()).plan
+        return self._ready(question, documents, False, 1, Clock(), ())[0]
+
+    def _ready(
+        self,
+        question: str,
+        documents: Sequence[Any],
+        allow_empty: bool,
+        wanted: int,
+        clock: Clock,
+        lost: Collection[str],
+        least: int = 1,
+    ) -> tuple[Plan, Fetched, int]:
+        """Tokenise, key, fetch, encode what is missing or lost, plan; the plan, the caches, and the bytes that probing read.
+
+        The plan is charged with what its probe passes and missing documents have cost."""
+        if not documents and not allow_empty:
+            raise PromptError("no documents: give at least one to answer from.")
+        asked, documents = self.text.question_ids(question), self.text.documents(documents, begins=True)
+        items = self._items(documents)
+        lengths = [len(i.ids) for i in items]
+        documents_end = max(lengths, default=0) if self.strategy.shares_positions else sum(lengths)
+        self._room(
+            len(self._system.ids) + documents_end + len(asked), wanted, least
+        )  # known before anything is encoded
+        clock.lap("tokenise")
+        caches = self._fetch(items, lost)
+        clock.lap("fetch")
+        names = tuple(d.id or d.title or "" for d in documents)
+        prompt = Prompt(caches.system, tuple(caches.documents), asked, names, sum(i.saved for i in items))
+        probe = ModelProbe(self.model, self.info)
+        plan, linear = self.strategy.plan(prompt, probe), self.info.linear_cost
+        encoding = sum(prefill_cost(n, linear) for n in caches.encoded) / prefill_cost(plan.baseline, linear)
+        plan = replace(plan, overhead=plan.overhead + probe.charged + encoding)
+        clock.lap("plan")
+        return plan, caches, probe.bytes_loaded
+
+    def _items(self, documents: Sequence[Document]) -> list[Item]:
+        """Tokens and keys. Raises DocumentError."""
+        frame = self.model.key(NOTHING, self.encoder.encoding, namespace=self.namespace)
+        try:
+            return [self._item(document, frame) for document in documents]
+        except DocumentError:
+            return self.encoder.items(documents)  # says what is wrong with each of them
+
+    def _fetch(self, items: Sequence[Item], lost: Collection[str]) -> Fetched:
+        """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
+        if self.strategy.encoding is None:
+            return Fetched(self._system.bare, [i.bare for i in items], 0, 0)
+        if self._system.key.model != self.model.digest:  # weights or adapters were changed since
+            key = self.model.key(self._system.ids, Encoding(), namespace=self.namespace)
+            self._system = replace(self._system, key=key)
+        stored = [i for i in items if i.document.store]
+        front = [self._system] if len(self._system.ids) else []
+        caches = self.store.found([i.key for i in (*front, *stored) if i.key.digest not in lost])
+        missing = {i.key.digest: i for i in stored if i.key.digest not in caches}
+        lacking = [i for i in front if i.key.digest not in caches]
+        if missing:
+            caches |= self.encoder.obtain(list(missing.values()), lost)
+        if lacking:
+            caches |= self._plain.obtain(lacking, lost)
+        misses = sum(i.key.digest in missing for i in stored)
+        documents = [caches[i.key.digest] if i.document.store else i.bare for i in items]
+        system = caches[self._system.key.digest] if front else self._system.bare
+        encoded = tuple(len(caches[i.key.digest].tokens) for i in (*lacking, *missing.values()))
+        return Fetched(system, documents, len(stored) - misses, misses, encoded)
+
+    def _room(self, end: int, wanted: int, least: int = 1) -> int:
+        """How many tokens can be generated behind a prompt that ends there. Raises PromptError where that is too few."""
+        if type(wanted) is not int or wanted < 1:
+            raise PromptError(f"max_new_tokens must be a whole number from 1, not {wanted!r:.40}.")
+        free = self.model.context_length - end
+        if free < least:
+            raise PromptError(
+                f"the prompt takes {end} positions, the model's context holds {self.model.context_length}. "
+                "Give fewer or shorter documents."
+            )
+        return min(wanted, free)
 
     def _until_sound(self, attempt: Callable[[dict[str, bool]], T]) -> T:
         """Try until no stored document fails; those that do are noted, with whether they are damaged, and encoded anew."""
@@ -199,19 +296,3 @@ class Engine:
                 with contextlib.suppress(StoreUnavailable):
                     if isinstance(error, DamagedCache):
                         self.store.set_aside(error.key, error.reason)
-
-    def _usage(self, ready: Ready, run: Run, clock: Clock, generated: int, damaged: int) -> Usage:
-        plan, caches = ready.plan, ready.caches
-        return Usage(
-            reused_tokens=plan.reused_count,
-            computed_tokens=len(plan.computed_rows),
-            generated_tokens=generated,
-            charged=plan.charged(self.info.linear_cost),
-            hits=caches.hits,
-            misses=caches.misses,
-            damaged=damaged,
-            bytes_loaded=run.bytes_loaded + ready.probe_bytes,
-            ttft_s=clock.first,
-            steps_s=clock.steps,
-            note=plan.note,
-        )

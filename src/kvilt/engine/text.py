@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,26 +25,6 @@ PROBE = "A  \"b\" & <c>\n\n'd' \\ \tE."  # what a filter or a normaliser would c
 Turn = tuple[str, list[str | Document]]  # a role and what it says
 
 
-class Memo:
-    """Ids of known texts, in at most `limit` bytes. Without a lock: a process may fork while another thread is in here."""
-
-    def __init__(self, limit: int = 64 << 20) -> None:
-        self.limit, self.size, self._ids = limit, 0, dict[str, Tensor]()
-
-    def get(self, text: str, make: Callable[[], Tensor]) -> Tensor:
-        """The ids of a text, which nobody may change."""
-        ids = self._ids.get(text)
-        if ids is None:
-            ids = make()
-            size = sys.getsizeof(text) + ids.nbytes + 512  # the objects themselves
-            if self.size + size > self.limit:
-                self._ids, self.size = {}, 0
-            if size <= self.limit:
-                self._ids[text] = ids
-                self.size += size
-        return ids
-
-
 @dataclass(frozen=True, eq=False)
 class TextFormat:
     """Turns system text, documents and question into parts, and tokenises each by itself.
@@ -58,21 +37,19 @@ class TextFormat:
     vocabulary: Vocabulary
     template: str | None
     system: str = DEFAULT_SYSTEM
-    known: Memo = field(default_factory=Memo)
     folded: bool = False  # the template has no place for a system text: it begins the user's message
 
     @classmethod
     def of(cls, tokenizer: Any, system: str | None = None) -> TextFormat:
         """The format of a tokenizer. Raises ModelError if its prompts would not be what its own template gives."""
         made = cls(tokenizer, Vocabulary.of(tokenizer), template_of(tokenizer))
-        ways = (
-            made.vocabulary,
-            replace(made.vocabulary, inner=made.vocabulary.opened),
-        )  # some need the space everywhere
-        reasons = list[str]()
+        everywhere = replace(
+            made.vocabulary, inner=made.vocabulary.opened
+        )  # some need the space in front of every part
+        ways, reasons = (made.vocabulary, everywhere), list[str]()
         for folded, exact, way in itertools.product((False, True), (True, False), ways):
             try:
-                made = replace(made, folded=folded, vocabulary=way, known=Memo())
+                made = replace(made, folded=folded, vocabulary=way)
                 made._prove(exact)
                 made.told("")._prove(exact)
                 return made if system is None else made.told(system)
@@ -229,7 +206,7 @@ class TextFormat:
         if not isinstance(document.text, str) or not document.text.strip():
             raise DocumentError(f"{name} is empty. Leave it out, or give it a text.")
         try:
-            ids = self.known.get(document.content, lambda: self.plain_ids(_clean(document.content)))
+            ids = self.plain_ids(_clean(document.content))
         except PromptError as error:
             raise DocumentError(f"{name}: {error}") from error
         if not len(ids):
@@ -270,9 +247,7 @@ class Written:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._from = self._read = (
-            0  # text of tokens[:_read] is out; it is decoded again from _from for the spaces between
-        )
+        self._from = self._read = 0  # text of tokens[:_read] is out, decoded again from _from for the spaces between
         self._known = self._space = ""
         self._begun = False
 

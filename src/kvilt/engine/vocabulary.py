@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -42,21 +41,16 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
         """Take a tokenizer apart."""
-        added = tokenizer.added_tokens_decoder
+        added, backend = tokenizer.added_tokens_decoder, tokenizer.backend_tokenizer
         control = {t.content: i for i, t in added.items() if t.special or t.content.strip(" \n\r\t\u2581")}
-        backend, unknown = getattr(tokenizer, "backend_tokenizer", None), {tokenizer.unk_token}
-        again = dict[int, int]()
-        opened: Encode = functools.partial(_slow, tokenizer)
-        inner: Encode = functools.partial(_behind_newline, tokenizer)
-        if isinstance(backend, Tokenizer):
-            blank = {i: token for i, token in added.items() if token.content not in control}
-            first, second = (_alone(backend, list(blank.values()), change) for change in (dict, _without_prefix))
-            again = {int(second.token_to_id(token.content) or 0): i for i, token in blank.items()}
-            opened, inner = (functools.partial(t.encode, add_special_tokens=False) for t in (first, second))
-            unknown.add(getattr(backend.model, "unk_token", None))
+        blank = {i: token for i, token in added.items() if token.content not in control}
+        first, second = (_alone(backend, list(blank.values()), change) for change in (dict, _without_prefix))
+        again = {int(second.token_to_id(token.content) or 0): i for i, token in blank.items()}
+        opened, inner = (functools.partial(t.encode, add_special_tokens=False) for t in (first, second))
         marker = next((content for content, i in control.items() if not added[i].rstrip), "")
         always = tokenizer.encode(f"{marker}\n", add_special_tokens=False)[1:] == opened("\n").ids
         whole = {c: i for c, i in control.items() if len(c) > 1 or added[i].special}  # others are mere characters
+        unknown = (tokenizer.unk_token, getattr(backend.model, "unk_token", None))
         spoken = frozenset(i for content, i in whole.items() if content not in unknown)
         firsts = frozenset((content.strip() or content)[0] for content in control)
         longest = sorted((_pattern(added[i]) for i in control.values()), key=len, reverse=True)
@@ -111,13 +105,3 @@ def _without_prefix(part: dict[str, Any]) -> dict[str, Any]:
         return {"type": "Sequence", "normalizers": []}
     never = {"prepend_scheme": "never", "add_prefix_space": False}
     return {name: never.get(name, value) for name, value in part.items()}
-
-
-def _slow(tokenizer: Any, text: str) -> SimpleNamespace:
-    """Tokenizers written in Python read no added tokens when they are told so."""
-    return SimpleNamespace(ids=tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-
-
-def _behind_newline(tokenizer: Any, text: str) -> SimpleNamespace:
-    newline, ids = _slow(tokenizer, "\n").ids, _slow(tokenizer, f"\n{text}").ids
-    return SimpleNamespace(ids=ids[len(newline) :]) if ids[: len(newline)] == newline else _slow(tokenizer, text)

@@ -250,10 +250,13 @@ def _bytes(tensor: Tensor) -> Any:
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of vocabulary and special tokens: two tokenizers that map text to ids alike share it.
 
-    The padding and truncation that its last call has left in a fast tokenizer are none of its identity."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    The padding and truncation that its last call has left in it are none of its identity. Raises ModelError for one that is
+    written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return digest_of(vocabulary, type(tokenizer).__name__)
+        raise ModelError(
+            f"{type(tokenizer).__name__} is written in Python: Kvilt reads those of the tokenizers library."
+        )
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     pipeline = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     return digest_of(vocabulary, json.dumps(pipeline, sort_keys=True))

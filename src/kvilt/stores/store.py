@@ -98,6 +98,15 @@ class Store:
             self._note([None if caches[key.digest] is None else key.digest for key in keys])
         return [caches[key.digest] for key in keys]
 
+    def found(self, keys: Sequence[CacheKey]) -> dict[str, DocumentCache]:
+        """The stored caches by digest; none where the store cannot be read."""
+        try:
+            caches = zip(keys, self.get_many(keys), strict=True)
+        except StoreUnavailable as error:
+            logging.getLogger("kvilt").warning("not read: %s", error)
+            return {}
+        return {key.digest: cache for key, cache in caches if cache is not None}
+
     def put(self, cache: DocumentCache, *, title: str = "", ttl: float | None = None) -> bool:
         """Store a cache for `ttl` seconds (None: for good); False if it was there.
 

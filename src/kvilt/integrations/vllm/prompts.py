@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from kvilt.engine.text import TextFormat
 from kvilt.errors import PromptError
 from kvilt.integrations.vllm.deployment import Deployment
 from kvilt.types import CacheKey, Document, Encoding
+
+REMEMBERED = 1 << 13  # documents whose ids are kept
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Prompts:
     def __init__(self, deployment: Deployment, tokenizer: Any) -> None:
         self.deployment = deployment
         self.text = TextFormat.of(tokenizer, deployment.settings.system or None)
+        self._ids = functools.lru_cache(REMEMBERED)(self.text.document_ids)
 
     def asked(self, messages: Iterable[Mapping[str, Any]], documents: Sequence[object], namespace: str) -> Asked:
         """The prompt of a chat, its documents in front of the first thing the user says.
@@ -101,7 +105,7 @@ class Prompts:
         compression, title = self.deployment.compression, 0
         if ids is None:
             document = compression.shorten(document)
-            ids = self.text.document_ids(document)
+            ids = self._ids(document)
             title = self.text.title_length(document) if compression.rows else 0
         encoding = self.deployment.bound(head).encoding or Encoding()
         key = self.deployment.key(ids, encoding, namespace, compression.identity(title))
