@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvilt.errors import DamagedCache, UnreadableCache
 from kvilt.rows.header import FIRST, Header, Readable, Span
-from kvilt.types import DocumentCache, Rows, bytes_of
+from kvilt.types import DocumentCache, Rows
 
 DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
 DTYPES = {
@@ -180,7 +180,7 @@ class FileRows:
         unchecked = [layer for layer in layers if (name, layer) in self._unchecked]
         scattered = not out.is_contiguous()
         pieces = list(_pieces(out, heads=name == "rows")) if unchecked or scattered else []  # one memoryview per digest
-        into = pieces if scattered else [bytes_of(out)]
+        into = pieces if scattered else [memoryview(out.detach().view(-1).view(torch.uint8).numpy().data)]
         fill(self.blob, self.header.key, span.start + layers.start * size, into)
         each = len(pieces) // len(layers)
         first = 0 if name == "rows" else self._blocks - len(self._parts()) + self._parts().index(name)
