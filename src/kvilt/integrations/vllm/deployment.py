@@ -61,12 +61,11 @@ class NoProbe:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """A model of one layer without weights, whose rotary embedding alone is real."""
+    """A model without weights, whose rotary embedding alone is real."""
     from transformers import AutoModelForCausalLM
 
-    small = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 1})
     with torch.device("meta"):
-        hf: nn.Module = AutoModelForCausalLM.from_config(small)
+        hf: nn.Module = AutoModelForCausalLM.from_config(config)
     for path, module in list(hf.named_modules()):
         if isinstance(getattr(module, "inv_freq", None), Tensor):
             parent, _, name = path.rpartition(".")

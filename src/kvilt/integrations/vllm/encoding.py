@@ -5,6 +5,7 @@ The server hands over what is missing and goes on; every document is in flight o
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -40,22 +41,16 @@ class Background:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def offer(self, wanted: Sequence[Wanted], system: str | None) -> None:
-        """Take what there is room for."""
-        try:
-            self.add(wanted[: max(0, QUEUED - len(self._jobs))], system)
-        except QueueFull:
-            logger.info("documents wait to be encoded: %d", len(self._jobs))
-
-    def add(self, wanted: Sequence[Wanted], system: str | None) -> None:
-        """Take all of them. Raises QueueFull."""
+    def add(self, wanted: Sequence[Wanted], system: str | None, *, some: bool = False) -> None:
+        """Take all of them, or with `some` those for which there is room. Raises QueueFull."""
         with self._changed:
             new = {
                 w.key.digest: w for w in wanted if w.key.digest not in self._jobs and w.document.text != w.document.id
             }
-            if len(self._jobs) + len(new) > QUEUED:
+            room = QUEUED - len(self._jobs)
+            if len(new) > room and not some:
                 raise QueueFull(f"{len(self._jobs)} documents wait to be encoded already: try again later.")
-            for digest, w in new.items():
+            for digest, w in itertools.islice(new.items(), room):
                 document = {"text": w.document.text, "title": w.document.title, "id": w.document.id}
                 self._jobs[digest] = {"document": document, "system": system, "namespace": w.key.namespace}
             if new and self._thread is None:

@@ -82,7 +82,7 @@ async def _lay(kvilt: Documents, request: DocumentChat, encode: bool) -> None:
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), **parameters}
     request.documents = None
     if kvilt.background is not None and encode:
-        kvilt.background.offer(await asyncio.to_thread(kvilt.missing, asked.wanted), asked.system)
+        kvilt.background.add(await asyncio.to_thread(kvilt.missing, asked.wanted), asked.system, some=True)
 
 
 @router.post("/v1/completions")
