@@ -59,6 +59,8 @@ MATRIX = [
     "ape",
     "ape:temperature=0.8,scale=0.9",
     "random:ratio=0.3,seed=1",
+    "ranked",
+    "ranked:ratio=0.4,join=0,sink=none",
     "cacheblend",
     "cacheblend:ratio=0.4,stages=3",
     "cacheblend:ratio=0.3,score=v,sink=4",

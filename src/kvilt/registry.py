@@ -42,6 +42,7 @@ TABLE: dict[str, dict[str, str]] = {
         "sam_kv": "kvilt.strategies.sam_kv:SamKV",
         "turborag": "kvilt.strategies.turborag:TurboRAG",
         "random": "kvilt.strategies.random:RandomRecompute",
+        "ranked": "kvilt.strategies.ranked:Ranked",
     },
     "store": {
         "memory": "kvilt.stores.memory:MemoryStore",

@@ -74,7 +74,8 @@ class Encoding:
 
     Ids below zero are learned vectors: id -1 is row 0 of `learned`, id -2 row 1, and so on. With `chunk` > 0, `anchors`
     follow every `chunk` tokens of the document, and their rows alone are kept of it; an incomplete last chunk gets its
-    share of them, rounded up. `adapter` acts on every token while documents are encoded, and nowhere else.
+    share of them, rounded up. `adapter` acts on every token while documents are encoded, and nowhere else. `ranked`
+    documents carry an order of their places.
     """
 
     before: tuple[int, ...] = ()
@@ -84,11 +85,13 @@ class Encoding:
     chunk: int = 0
     anchors: tuple[int, ...] = ()
     adapter: Adapter | None = None
+    ranked: bool = False
 
     @cached
     def digest(self) -> str:
         """Content digest of everything that shapes the document's cache; vectors that stand elsewhere are left out."""
         frame = [self.before, self.after, self.keep, *([self.chunk, self.anchors] if self.chunk else [])]
+        frame += ["ranked"] if self.ranked else []
         around = [-1 - i for i in (*self.before, *self.after) if i < 0]
         vectors = b"" if self.learned is None else self.learned[around].float()
         return digest_of(json.dumps(frame), vectors, *([self.adapter.digest] if self.adapter else []))
@@ -98,6 +101,7 @@ class Encoding:
         """The encoding as cache keys name it, in words for people and with its digest: "plain", "43 before 1a2b..."."""
         around = [f"{len(ids)} {where}" for ids, where in ((self.before, "before"), (self.after, "after")) if ids]
         around += [f"{len(self.anchors)} anchors every {self.chunk}"] if self.chunk else []
+        around += ["ranked"] if self.ranked else []
         around += ["adapted"] if self.adapter else []
         return f"{', '.join(around)}{' kept' if self.keep else ''} {self.digest}" if around else "plain"
 
@@ -167,6 +171,7 @@ class DocumentCache:
     `offsets` names the place of each kept row, so pruned caches need no special case anywhere.
     `chunks`, where the document was encoded in chunks, holds for each run token the number of its chunk, counted from 1:
     negative for an anchor, 0 for what stood around the document. A token saw its own chunk and what is not positive.
+    `order`, of ranked documents, holds places of the document: those first whose rows depend most on what stands before it.
     `rows` is None when the document was tokenised only (full recompute, `store=False`).
     """
 
@@ -177,6 +182,7 @@ class DocumentCache:
     rows: Rows | None = None
     dropped: int = 0
     chunks: Tensor | None = None  # (run,) int64
+    order: Tensor | None = None  # (places,) int64
 
     @cached
     def placed_tokens(self) -> Tensor:

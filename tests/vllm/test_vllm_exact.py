@@ -33,6 +33,8 @@ SERVED = [
     ("epic:tokens=17,sink=system", ""),
     ("random:ratio=0.05", ""),
     ("random:ratio=0.3,seed=1", ""),  # more holes than seats: computed in parts
+    ("ranked", ""),
+    ("ranked:ratio=0.3,join=0,sink=none", "int8"),
     ("ape:temperature=1,scale=1", ""),
 ]
 REFUSED = ["full", "cacheblend", "cacheblend:ratio=0.4,stages=3", "a3", "prophetkv", "infoflow", "sam_kv", "ape"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvilt.compress.base import Compression, Made
+from kvilt.engine.ranking import NEUTRAL, ranked
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DocumentError, StoreUnavailable
 from kvilt.model.model import Model
@@ -214,6 +215,8 @@ class Encoder:
     def make(self, items: Sequence[Item]) -> list[DocumentCache]:
         """The caches of documents, encoded now and not stored."""
         caches = self.model.encode([i.ids for i in items], self.encoding)
+        if self.encoding.ranked:
+            caches = ranked(self.model, caches, self.encoding, self.text.plain_ids(NEUTRAL))
         return [self._smaller(cache, item) for cache, item in zip(caches, items, strict=True)]
 
     def _make(

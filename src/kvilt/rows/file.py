@@ -35,7 +35,7 @@ def pack(
     if len(title.encode("utf-8", "replace")) > h.MAX_TITLE:
         raise DocumentError(f"the title {title[:40]!r}... is longer than {h.MAX_TITLE} bytes: shorten it.")
     codec, parts = (rows.codec.name, rows.parts()) if isinstance(rows, QuantisedRows) else (RAW, {"rows": whole(rows)})
-    first = {name: tensor for name in FIRST[:3] if (tensor := getattr(cache, name)) is not None}
+    first = {name: tensor for name in FIRST[:-1] if (tensor := getattr(cache, name)) is not None}
     tensors = {**first, "digests": _digests(parts), **parts}
     data = {name: bytes_of(tensor) for name, tensor in tensors.items()}
     meta = {

@@ -2,7 +2,7 @@
 
 A document is one safetensors file, which any safetensors library reads. Its tensors, in this order:
 
-    tokens, offsets   int64; chunks too, of documents that were encoded in chunks
+    tokens, offsets   int64; chunks too, of documents that were encoded in chunks, and order, of ranked ones
     digests           uint8 (layers, blocks, 32): BLAKE3 of every block of rows: each head's keys, each head's values, scales
     rows              (layers, 2, heads, rows, head_dim): keys without rotation, then values; layers one after another
     scales_keys, scales_values   of quantised rows (`rows.codec`)
@@ -26,7 +26,7 @@ from blake3 import blake3
 from kvilt.errors import DamagedCache, OtherVersion
 
 VERSION = "2"
-FIRST = ("tokens", "offsets", "chunks", "digests")  # read when a file is opened; rows come later
+FIRST = ("tokens", "offsets", "chunks", "order", "digests")  # read when a file is opened; rows come later
 ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}  # bytes of a number
 MAX_HEADER = 1 << 20
 MAX_TITLE = 4096  # bytes

@@ -125,8 +125,8 @@ class _Rows:
 
 def place(plan: Plan, linear: float) -> Placed:
     """Lay a plan into slots. `linear` is `ModelInfo.linear_cost`. Raises PromptError for a plan that vLLM cannot run."""
-    if plan.blend < 1 or plan.context_rows is not None:
-        raise PromptError("this plan mixes or weighs rows in a way that vLLM's attention cannot.")
+    if plan.blend < 1 or plan.context_rows is not None or plan.reader is not None:
+        raise PromptError("this plan mixes or weighs rows, or adapts the question, in a way that vLLM cannot.")
     rows = _Rows.of(plan)
     shift = _shift(rows)
     tail = _tail(rows)
