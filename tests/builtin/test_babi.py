@@ -23,6 +23,7 @@ STORY = """1 Mary moved to the bathroom.
 
 @pytest.mark.parametrize("name", ["qa2_two-supporting-facts_train.txt", "qa2_two-supporting-facts_train.txt.gz"])
 def test_load(tmp_path: Path, name: str) -> None:
+    """Danger: a statement stands in the wrong page, or a question is asked before its facts."""
     data = STORY.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     first, second = babi.load(tmp_path, "train", tasks=(2,))
@@ -36,11 +37,13 @@ def test_load(tmp_path: Path, name: str) -> None:
 
 
 def test_stories_are_cut_into_several_pages() -> None:
+    """Danger: a story is one page, and nothing is learned about several."""
     story: list[tuple[str, ...]] = [(f"Mary went to room {n}.",) for n in range(20)]
     sample = babi.sample(story, 1, random.Random(0))
     assert len(sample.pages) >= 5
 
 
 def test_a_missing_task_is_named(tmp_path: Path) -> None:
+    """Danger: a hundred files are searched for the one that is not there."""
     with pytest.raises(FileNotFoundError, match="qa15"):
         babi.load(tmp_path, "test", tasks=(15,))

@@ -31,17 +31,20 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> data.Encoder:
 
 
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Danger: letters, digits or spaces are lost on the way through the tokenizer."""
     for text in ("Ada Lorn\nAda Lorn works for Brint Labs.\n", "Ünseen wörds 漢字, 1984!", "two  spaces"):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_reserved_tokens_are_single(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Danger: a link token falls into pieces."""
     assert tokenizer.encode("<|reserved_0|><|reserved_95|>", add_special_tokens=False) == sorted(
         tokenizer.convert_tokens_to_ids(["<|reserved_0|>", "<|reserved_95|>"])
     )
 
 
 def test_a_row_is_the_chat_template_cut_at_the_documents(encoder: data.Encoder) -> None:
+    """Danger: the model is trained on other prompts than it is served."""
     sample = contexts.build(random.Random(1), "train", 4)
     row = data.Row()
     assert encoder.fill(row, sample, 0, 512, 1)
@@ -60,6 +63,7 @@ def test_a_row_is_the_chat_template_cut_at_the_documents(encoder: data.Encoder) 
 
 
 def test_labels_are_the_answer_and_values_are_marked(encoder: data.Encoder) -> None:
+    """Danger: labels are off by one, and the value that is counted is another word."""
     sample = contexts.build(random.Random(2), "train", 4)
     row = data.Row()
     encoder.fill(row, sample, 0, 512, 1)
@@ -70,6 +74,7 @@ def test_labels_are_the_answer_and_values_are_marked(encoder: data.Encoder) -> N
 
 
 def test_mask_hides_questions_from_each_other_and_pages_when_blocked(encoder: data.Encoder) -> None:
+    """Danger: a question reads the answer of the one before it."""
     row = data.Row()
     encoder.fill(row, contexts.build(random.Random(3), "train", 4), 0, 512, 4)
     batch = data.collate([row], 512, 0)
@@ -86,6 +91,7 @@ def test_mask_hides_questions_from_each_other_and_pages_when_blocked(encoder: da
 
 
 def test_orthogonal_has_unit_singular_values() -> None:
+    """Danger: Muon's updates grow or vanish."""
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonal(torch.randn(2, 24, 64)))
     assert values.min() > 0.5
@@ -93,6 +99,7 @@ def test_orthogonal_has_unit_singular_values() -> None:
 
 
 def test_built_in_heads_find_what_followed(encoder: data.Encoder) -> None:
+    """Danger: the hand-set heads copy nothing, and training takes days."""
     plan = recipe.Plan(layers=4, inner=64)
     model = recipe.make(plan, len(encoder.tokenizer), encoder.marks())
     torch.manual_seed(0)
@@ -104,6 +111,7 @@ def test_built_in_heads_find_what_followed(encoder: data.Encoder) -> None:
 
 
 def test_killed_and_resumed_equals_uninterrupted(encoder: data.Encoder, tmp_path: Path) -> None:
+    """Danger: a killed training of an hour begins anew, or ends elsewhere."""
     source = recipe.Source(encoder, TINY, [])
     whole = recipe.Trainer(tmp_path / "whole", TINY, encoder, compiled=False)
     for step in range(3):
@@ -122,6 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted(encoder: data.Encoder, tmp_path
 
 
 def test_a_loss_that_is_no_number_stops(encoder: data.Encoder, tmp_path: Path) -> None:
+    """Danger: a broken loss is carried into the weights and the checkpoint."""
     trainer = recipe.Trainer(tmp_path, TINY, encoder, compiled=False)
     with torch.no_grad():
         trainer.model.model.norm.weight.fill_(float("nan"))

@@ -14,12 +14,14 @@ from kvilt.lab.evaluate.metrics import normalise
 
 
 def test_model_files() -> None:
+    """Danger: the model is larger than a package may be, or lacks its tokenizer."""
     weights = builtin.model_path() / "model.safetensors"
     assert weights.stat().st_size <= 12_000_000
     assert (builtin.model_path() / "tokenizer.json").exists()
 
 
 def test_questions_are_about_shipped_documents() -> None:
+    """Danger: a question cites a document that is not there, or that does not answer it."""
     documents = builtin.documents()
     for question in builtin.questions():
         text = " ".join(documents[name].content for name in question["documents"])
@@ -29,6 +31,7 @@ def test_questions_are_about_shipped_documents() -> None:
 
 
 def test_500_questions_of_every_kind() -> None:
+    """Danger: a table's figures stand on too few questions."""
     counts = Counter(question["kind"] for question in builtin.questions())
     assert set(counts) == {"one_hop", "two_hop", "chunked", "chunked_hop", "state"}
     assert min(counts.values()) >= 500

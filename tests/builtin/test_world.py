@@ -24,6 +24,7 @@ def last_names(split: str) -> set[str]:
 
 
 def test_splits_share_no_names() -> None:
+    """Danger: test people are trained on."""
     train, test = last_names("train"), last_names("test")
     assert train
     assert test
@@ -32,11 +33,13 @@ def test_splits_share_no_names() -> None:
 
 
 def test_splits_share_no_values() -> None:
+    """Danger: test answers are known by heart."""
     values = {split: {q.value for sample in made(split) for q in sample.questions} for split in ("train", "test")}
     assert not values["train"] & values["test"]
 
 
 def test_splits_share_no_question_patterns() -> None:
+    """Danger: the test asks in the words of the training alone."""
     rng = random.Random(1)
     train = {templates.question(rng, ("born",), "X") for _ in range(500)}
     test = {templates.question(rng, ("born",), "X", test=True) for _ in range(500)}
@@ -44,12 +47,14 @@ def test_splits_share_no_question_patterns() -> None:
 
 
 def test_same_seed_same_sample() -> None:
+    """Danger: a resumed training sees other data."""
     first, second = (contexts.build(random.Random(5), "train", 6) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_hold_the_value_and_pages_state_it(split: str) -> None:
+    """Danger: an answer that no page states is to be learned."""
     for sample in made(split):
         text = " ".join(page.render() for page in sample.pages)
         for question in sample.questions:
@@ -59,6 +64,7 @@ def test_answers_hold_the_value_and_pages_state_it(split: str) -> None:
 
 
 def test_chunked_questions_need_an_earlier_page() -> None:
+    """Danger: nothing is lost by encoding pages alone, and no method has anything to repair."""
     for sample in made("train"):
         for question in sample.questions:
             if question.kind == "one_hop":
@@ -68,11 +74,13 @@ def test_chunked_questions_need_an_earlier_page() -> None:
 
 
 def test_all_kinds_occur() -> None:
+    """Danger: a kind of question is never asked."""
     kinds = {question.kind for sample in made("test") for question in sample.questions}
     assert kinds == {"one_hop", "two_hop", "chunked", "chunked_hop"}
 
 
 def test_story_states_follow_the_text() -> None:
+    """Danger: the answer is a state from later in the story."""
     rng = random.Random(3)
     for _ in range(50):
         sample = stories.build(rng, "test", 6)
@@ -82,6 +90,7 @@ def test_story_states_follow_the_text() -> None:
 
 
 def test_a_world_that_runs_dry_says_so() -> None:
+    """Danger: the same value is used twice, or the search never ends."""
     world = World(random.Random(0), "test")
     with pytest.raises(ValueError, match="no more"):
         [world.value("field") for _ in range(1000)]

@@ -15,6 +15,7 @@ from kvilt.types import Document
 
 
 def test_divergence_by_hand():
+    """Danger: the two sides of the divergence are exchanged, or a ruled-out token is infinite."""
     full = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log()
     other = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
@@ -23,11 +24,13 @@ def test_divergence_by_hand():
 
 
 def test_divergence_does_not_hide_a_broken_model():
+    """Danger: a broken model looks perfectly close."""
     with pytest.raises(ModelError, match="NaN"):
         fidelity.divergence(torch.zeros(1, 3), torch.full((1, 3), math.nan))
 
 
 def test_agreement():
+    """Danger: an article or a full stop counts as another answer."""
     assert fidelity.same_text("The cat.", "cat")
     assert not fidelity.same_text("The cat.", "cats")
 

@@ -18,6 +18,7 @@ def samples(spec, split=None):
 
 
 def test_every_task_is_in_the_table_and_documented():
+    """Danger: a task that nobody finds."""
     for name in registry.TABLE["task"]:
         cls = registry.load("task", name)
         assert name == cls.NAME
@@ -26,6 +27,7 @@ def test_every_task_is_in_the_table_and_documented():
 
 
 def test_samsum_examples_are_documents(tmp_path):
+    """Danger: the examples are asked, too, or the dialogue to summarise is cached."""
     (tmp_path / "test.json").write_text(json.dumps(data.CHATS))
     found = samples(f"samsum:path={tmp_path}")
     assert [s.id for s in found] == ["20", "21", "22"]  # the first twenty rows are the examples
@@ -36,6 +38,7 @@ def test_samsum_examples_are_documents(tmp_path):
 
 
 def test_samsum_examples_from_another_file(tmp_path):
+    """Danger: training rows are asked, or test rows serve as examples."""
     test, train = data.jsonl(tmp_path / "test.jsonl", data.CHATS[:2]), data.jsonl(tmp_path / "train.jsonl", data.CHATS)
     task = registry.build("task", f"samsum:path={test},examples={train},shots=3")
     assert [s.id for s in task.samples()] == ["0", "1"]
@@ -43,6 +46,7 @@ def test_samsum_examples_from_another_file(tmp_path):
 
 
 def test_multinews_modes(tmp_path):
+    """Danger: articles run together, or empty ones become documents."""
     file = data.jsonl(tmp_path / "dev.jsonl", data.NEWS)
     found = samples(f"multinews:path={file}")
     assert len(found) == 2
@@ -57,6 +61,7 @@ def test_multinews_modes(tmp_path):
 
 
 def test_summaries_need_rows_and_texts(tmp_path):
+    """Danger: a row without a text is summarised."""
     with pytest.raises(UserError, match="found 4 rows for 20 examples"):
         samples(f"multinews:path={data.jsonl(tmp_path / 'dev.jsonl', data.NEWS)},shots=20")
     with pytest.raises(DocumentError, match=r":1: samsum needs a text in the field 'dialogue', found None"):
@@ -67,6 +72,7 @@ def test_summaries_need_rows_and_texts(tmp_path):
     ("kind", "codes", "asked"), [("single", 1, 1), ("multikey", 4, 1), ("multivalue", 4, 4), ("multiquery", 4, 4)]
 )
 def test_niah(kind, codes, asked):
+    """Danger: a needle is cut in two, missing, or there twice."""
     found = samples(f"niah:kind={kind},characters=6000,chunk=1000,count=3")
     assert found == samples(f"niah:kind={kind},characters=6000,chunk=1000,count=3")
     for sample in found:
@@ -86,11 +92,13 @@ def test_niah(kind, codes, asked):
 
 @pytest.mark.parametrize("options", ["kind=double", "count=0", "chunk=0", "needles=900", "characters=100"])
 def test_niah_refuses(options):
+    """Danger: needles that do not fit are tried for ever."""
     with pytest.raises(UserError, match="niah:"):
         registry.build("task", f"niah:{options}")
 
 
 def test_biography():
+    """Danger: people of the test are trained on, or the asked sentence is not there."""
     found = samples("biography:count=40")
     assert found == samples("biography:count=40")
     assert {s.metadata["kind"] for s in found} == {"birthday", "birth city", "college", "field", "company", "work"}
@@ -111,6 +119,7 @@ def test_biography():
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
 def test_babi(tmp_path, suffix):
+    """Danger: statements after the question are read, or facts point to other documents."""
     raw = data.BABI.encode()
     (tmp_path / f"qa8_lists-sets_test{suffix}").write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
     found = samples(f"babi:path={tmp_path},task=8,sentences=2")
@@ -123,6 +132,7 @@ def test_babi(tmp_path, suffix):
 
 
 def test_babi_refuses(tmp_path):
+    """Danger: a traceback where a path or a number is wrong."""
     with pytest.raises(UserError, match="give path=FOLDER"):
         samples("babi")
     with pytest.raises(UserError, match="no file for qa3_…, split test"):
@@ -141,12 +151,14 @@ def test_babi_refuses(tmp_path):
     ],
 )
 def test_babi_bad_lines(tmp_path, text, message):
+    """Danger: a damaged file is read as another story."""
     (tmp_path / "qa1_x_test.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         samples(f"babi:path={tmp_path}")
 
 
 def test_the_documentation_names_every_task_and_its_example_runs():
+    """Danger: the page's example of a task does not run."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name in registry.TABLE["task"]:
         assert f"| `{name}` |" in text

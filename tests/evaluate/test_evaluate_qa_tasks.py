@@ -23,6 +23,7 @@ def titles(sample):
 @pytest.mark.parametrize("name", ["qa", "hotpotqa", "2wiki", "musique", "triviaqa"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_own_layout(tmp_path, name, suffix):
+    """Danger: a field of one's own rows is lost."""
     found = samples(f"{name}:path={data.jsonl(tmp_path / f'own{suffix}', data.OWN)}")
     assert len(found) == 8
     assert found[3].answers == ("Person3",)
@@ -32,6 +33,7 @@ def test_own_layout(tmp_path, name, suffix):
 
 @pytest.mark.parametrize("row", [data.HOTPOT, data.HOTPOT_HUB])
 def test_hotpotqa_layouts(tmp_path, row):
+    """Danger: the hub's copy and the original give other questions."""
     (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps([row]))
     (found,) = samples(f"hotpotqa:path={tmp_path}")
     assert titles(found) == ["Cid", "Ann", "Bob"]  # the blank paragraph is left out
@@ -41,17 +43,20 @@ def test_hotpotqa_layouts(tmp_path, row):
 
 
 def test_sentences_are_joined_with_one_space(tmp_path):
+    """Danger: another spelling of a passage is another cache."""
     (found,) = samples(f"hotpotqa:path={data.jsonl(tmp_path / 'x.jsonl', [data.HOTPOT])}")
     assert found.documents[0].text == "Cid is 3. He sings."
 
 
 def test_two_wiki_with_json_strings(tmp_path):
+    """Danger: a JSON string is taken for a text."""
     (found,) = samples(f"2wiki:path={data.jsonl(tmp_path / 'dev.jsonl', [data.TWO_WIKI_HUB])}")
     assert found.id == "w1"
     assert found.metadata["gold"] == [0, 1]
 
 
 def test_musique(tmp_path):
+    """Danger: unanswerable questions count as wrong answers."""
     unanswerable = {**data.MUSIQUE, "id": "2hop__9", "answerable": False}
     file = data.jsonl(tmp_path / "musique_full_v1.0_dev.jsonl", [data.MUSIQUE, unanswerable])
     (found,) = samples(f"musique:path={file}")
@@ -61,6 +66,7 @@ def test_musique(tmp_path):
 
 
 def test_triviaqa_keeps_the_first_passages(tmp_path):
+    """Danger: passages are taken in another order than they were retrieved."""
     (tmp_path / "test.json").write_text(json.dumps([data.TRIVIA]))
     (found,) = samples(f"triviaqa:path={tmp_path}")
     assert len(found.documents) == 10
@@ -69,11 +75,13 @@ def test_triviaqa_keeps_the_first_passages(tmp_path):
 
 
 def test_documents_keeps_gold(tmp_path):
+    """Danger: the passage that answers is left out to save room."""
     (found,) = samples(f"hotpotqa:path={data.jsonl(tmp_path / 'x.jsonl', [data.HOTPOT])},documents=2")
     assert titles(found) == ["Ann", "Bob"]
 
 
 def test_nq_puts_gold_at_every_position(tmp_path):
+    """Danger: the gold passage is there twice, or never at the end."""
     file = data.jsonl(tmp_path / "nq-open-10_total_documents_gold_at_0.jsonl.gz", [data.NQ])
     found = samples(f"nq:path={file}")
     assert [titles(s).index("Gold") for s in found] == list(range(10))
@@ -89,11 +97,13 @@ def test_nq_puts_gold_at_every_position(tmp_path):
 
 @pytest.mark.parametrize("options", ["gold=10", "gold=first", "documents=5,gold=5"])
 def test_nq_gold_out_of_range(options):
+    """Danger: a place beyond the documents is silently the last."""
     with pytest.raises(UserError, match="gold must be 'all' or a place"):
         registry.build("task", f"nq:{options}")
 
 
 def test_kv_packet_prompt_drops_titles_and_reads_the_short_answer(tmp_path):
+    """Danger: the reasoning is scored instead of the answer."""
     task = registry.build("task", f"hotpotqa:path={data.jsonl(tmp_path / 'x.jsonl', [data.HOTPOT])},prompt=kv_packet")
     (found,) = task.samples()
     assert titles(found) == [None] * 3
@@ -105,6 +115,7 @@ def test_kv_packet_prompt_drops_titles_and_reads_the_short_answer(tmp_path):
 
 
 def test_options_and_label():
+    """Danger: records of other options share a file."""
     task = registry.build("task", "nq:path=somewhere,documents=20,gold=3")
     assert task.label == "nq documents=20 gold=3"
     assert task.system.startswith("You are a intelligent")
@@ -118,6 +129,7 @@ def test_options_and_label():
 
 
 def test_rows_of_another_split(tmp_path):
+    """Danger: training rows are evaluated."""
     rows = [{**data.OWN[0], "split": "dev(open)"}, {**data.OWN[1], "split": "train"}]
     file = data.jsonl(tmp_path / "x.jsonl", rows)
     assert [s.id for s in samples(f"qa:path={file}", "validation")] == ["q0"]
@@ -127,12 +139,14 @@ def test_rows_of_another_split(tmp_path):
 
 
 def test_a_file_named_for_another_split(tmp_path):
+    """Danger: the training file is evaluated because it lies nearer."""
     file = data.jsonl(tmp_path / "hotpot_train_v1.1.jsonl", [data.HOTPOT])
     with pytest.raises(UserError, match="named for the split train, not dev"):
         samples(f"hotpotqa:path={file}")
 
 
 def test_folder_without_or_with_too_many_files(tmp_path):
+    """Danger: one of several files is taken by chance."""
     with pytest.raises(UserError, match="no file for hotpot…, split dev"):
         samples(f"hotpotqa:path={tmp_path}")
     for name in ("hotpot_dev_a.jsonl", "hotpot_dev_b.jsonl"):
@@ -142,6 +156,7 @@ def test_folder_without_or_with_too_many_files(tmp_path):
 
 
 def test_missing_path():
+    """Danger: a traceback where a file is missing."""
     with pytest.raises(UserError, match=r"no_such_file\.jsonl does not exist"):
         samples("hotpotqa:path=no_such_file.jsonl")
 
@@ -161,6 +176,7 @@ def test_missing_path():
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
+    """Danger: one bad line of thousands has to be searched for."""
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(data.OWN[0]) + "\n" + line + "\n")
     with pytest.raises(DocumentError, match=message):
@@ -179,12 +195,14 @@ def test_bad_lines_are_named(tmp_path, line, message):
     ],
 )
 def test_damaged_files(tmp_path, name, content, message):
+    """Danger: a half-fetched file is a smaller data set."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         samples(f"qa:path={tmp_path / name}")
 
 
 def test_hub(monkeypatch):
+    """Danger: the hub's validation split is not its dev split."""
     asked = []
     package = ModuleType("datasets")
 

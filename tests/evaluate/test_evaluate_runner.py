@@ -23,6 +23,7 @@ def ids(path):
 
 
 def test_records(tmp_path, spec):
+    """Danger: a record lacks what the report is made of."""
     seen = []
     paths = run(FakeEngine(), ["lossy"], spec, tmp_path / "out", seed=3, on_progress=lambda *step: seen.append(step))
     assert [p.name for p in paths] == ["qa--full.jsonl", "qa--no_documents.jsonl", "qa--lossy.jsonl"]
@@ -43,6 +44,7 @@ def test_records(tmp_path, spec):
 
 
 def test_the_floor_sees_no_documents_and_is_charged_in_units_of_full(tmp_path, spec):
+    """Danger: the floor reads the documents, or costs nothing."""
     _, floor, *_ = run(FakeEngine(), [], spec, tmp_path / "out", limit=1)
     (record,) = read(floor)[1]
     assert record["text"] == "nothing"
@@ -50,11 +52,13 @@ def test_the_floor_sees_no_documents_and_is_charged_in_units_of_full(tmp_path, s
 
 
 def test_full_recompute_and_repeated_strategies_run_once(tmp_path, spec):
+    """Danger: the most expensive row is computed twice."""
     paths = run(FakeEngine(), ["full", "lossy", FakeStrategy("lossy")], spec, tmp_path / "out", limit=1)
     assert len(paths) == 3
 
 
 def test_documents_are_encoded_before_the_clock_starts(tmp_path, spec):
+    """Danger: encoding counts as time to the first token."""
     engine = FakeEngine()
     run(engine, ["lossy"], spec, tmp_path / "out", limit=1)
     steps = [call[:2] for call in engine.calls]
@@ -64,6 +68,7 @@ def test_documents_are_encoded_before_the_clock_starts(tmp_path, spec):
 
 
 def test_a_larger_limit_goes_on(tmp_path, spec):
+    """Danger: a larger run begins anew, or draws other samples."""
     run(FakeEngine(), ["lossy"], spec, tmp_path / "out", limit=3)
     engine = FakeEngine()
     paths = run(engine, ["lossy"], spec, tmp_path / "out", limit=5)
@@ -75,6 +80,7 @@ def test_a_larger_limit_goes_on(tmp_path, spec):
 
 
 def test_a_new_strategy_reuses_the_reference(tmp_path, spec):
+    """Danger: full recompute is run again for every new strategy."""
     run(FakeEngine(), [], spec, tmp_path / "out", limit=2)
     engine = FakeEngine()
     run(engine, ["lossy"], spec, tmp_path / "out", limit=2)
@@ -83,6 +89,7 @@ def test_a_new_strategy_reuses_the_reference(tmp_path, spec):
 
 
 def test_interruption_leaves_valid_files(tmp_path, spec):
+    """Danger: Ctrl-C costs an hour of records."""
     with pytest.raises(KeyboardInterrupt):
         run(FakeEngine(fail_after=7), ["lossy"], spec, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.jsonl"))
@@ -93,6 +100,7 @@ def test_interruption_leaves_valid_files(tmp_path, spec):
 
 
 def test_a_torn_last_line_is_run_again(tmp_path, spec):
+    """Danger: a killed process leaves a file that nobody can read."""
     full, *_ = run(FakeEngine(), [], spec, tmp_path / "out", limit=3)
     whole = full.read_text()
     full.write_text(whole[:-40])
@@ -102,6 +110,7 @@ def test_a_torn_last_line_is_run_again(tmp_path, spec):
 
 
 def test_other_settings_are_refused(tmp_path, spec):
+    """Danger: records of two settings stand in one table."""
     run(FakeEngine(), ["lossy"], spec, tmp_path / "out", limit=2)
     with pytest.raises(UserError, match=r"other settings: seed was 0, is 1.*Use another output folder"):
         run(FakeEngine(), ["lossy"], spec, tmp_path / "out", limit=2, seed=1)
@@ -110,6 +119,7 @@ def test_other_settings_are_refused(tmp_path, spec):
 
 
 def test_changed_data_is_refused(tmp_path, spec):
+    """Danger: answers to other questions stand under the same ids."""
     run(FakeEngine(), [], spec, tmp_path / "out")
     data.jsonl(tmp_path / "questions.jsonl", [{**row, "question": row["question"] + " Please?"} for row in data.OWN])
     with pytest.raises(UserError, match=r"sample q\d was another prompt"):
@@ -117,6 +127,7 @@ def test_changed_data_is_refused(tmp_path, spec):
 
 
 def test_foreign_and_damaged_record_files(tmp_path, spec):
+    """Danger: garbage is continued."""
     full, *_ = run(FakeEngine(), [], spec, tmp_path / "out", limit=2)
     lines = full.read_text().splitlines(keepends=True)
     full.write_text(lines[0] + "garbage\n" + lines[2])
@@ -128,6 +139,7 @@ def test_foreign_and_damaged_record_files(tmp_path, spec):
 
 
 def test_a_bad_sample_is_named(tmp_path):
+    """Danger: a run stops, and nobody knows at which sample."""
     rows = [*data.OWN[:2], {**data.OWN[2], "question": "too long"}]
     spec = f"qa:path={data.jsonl(tmp_path / 'x.jsonl', rows)}"
     with pytest.raises(UserError, match=r"qa, sample q2, full: the prompt takes 900 positions"):
@@ -136,6 +148,7 @@ def test_a_bad_sample_is_named(tmp_path):
 
 
 def test_choice_of_samples(tmp_path, spec):
+    """Danger: a smaller limit is no part of a larger one, or two samples share an id."""
     from kvilt import registry
 
     task = registry.build("task", spec)
@@ -151,6 +164,7 @@ def test_choice_of_samples(tmp_path, spec):
 
 
 def test_shuffling_moves_gold_along(tmp_path, spec):
+    """Danger: the gold passages are others after shuffling."""
     from kvilt import registry
 
     shuffled = choose(registry.build("task", spec), None, seed=0, shuffle=True)
@@ -161,6 +175,7 @@ def test_shuffling_moves_gold_along(tmp_path, spec):
 
 
 def test_report(tmp_path, spec):
+    """Danger: the table shows other figures than the records hold."""
     run(FakeEngine(), ["lossy"], spec, tmp_path / "out")
     run(FakeEngine(), ["lossy"], "biography:count=4", tmp_path / "out", limit=3)
     text = report(tmp_path / "out", by="needed")
@@ -179,6 +194,7 @@ def test_report(tmp_path, spec):
 
 
 def test_report_of_half_a_run_compares_common_samples(tmp_path, spec):
+    """Danger: two rows are compared on different samples."""
     full, floor, lossy = run(FakeEngine(), ["lossy"], spec, tmp_path / "out", first=True)
     lines = full.read_text().splitlines(keepends=True)
     full.write_text("".join(lines[:3]))  # q0 and q1 only
@@ -190,6 +206,7 @@ def test_report_of_half_a_run_compares_common_samples(tmp_path, spec):
 
 
 def test_report_needs_records(tmp_path):
+    """Danger: an empty folder gives an empty table."""
     with pytest.raises(UserError, match="is no folder"):
         report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no records"):
@@ -197,6 +214,7 @@ def test_report_needs_records(tmp_path):
 
 
 def test_plot(tmp_path, spec, monkeypatch):
+    """Danger: a picture needs a screen."""
     pytest.importorskip("matplotlib")
     run(FakeEngine(), ["lossy"], spec, tmp_path / "out", limit=4)
     (picture,) = plot(tmp_path / "out")
@@ -207,6 +225,7 @@ def test_plot(tmp_path, spec, monkeypatch):
 
 
 def test_with_a_real_engine(tmp_path, model_dir, spec):
+    """Danger: what holds for the fake engine does not for the real one."""
     from kvilt.engine.engine import Engine
 
     torch.set_num_threads(1)  # tiny matrices: threads only wait for each other

@@ -29,6 +29,7 @@ from kvilt.types import Document
 
 
 def test_rows_in_every_spelling(tmp_path):
+    """Danger: a spelling that the page promises is not read."""
     rows = [
         {
             "question": "q",
@@ -50,6 +51,7 @@ def test_rows_in_every_spelling(tmp_path):
 
 
 def test_gzipped_files(tmp_path):
+    """Danger: data has to be unpacked by hand."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(kit.rows(1)[0]).encode()))
     assert len(read(path)) == 1
@@ -68,6 +70,7 @@ def test_gzipped_files(tmp_path):
     ],
 )
 def test_rows_that_cannot_be_used_name_their_line(tmp_path, row, message):
+    """Danger: a bad row shows after an hour, without its line."""
     path = kit.write(tmp_path / "a.jsonl", [*kit.rows(1), row])
     with pytest.raises(TrainError, match=r"a\.jsonl:2") as error:
         read(path)
@@ -78,12 +81,14 @@ def test_rows_that_cannot_be_used_name_their_line(tmp_path, row, message):
     ("text", "message"), [("", "no samples"), ("{bad", "a.jsonl:1 is not JSON"), ("[1]", "is list, not a JSON object")]
 )
 def test_files_that_are_no_data(tmp_path, text, message):
+    """Danger: a traceback for a file that is no data."""
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.jsonl")
 
 
 def test_missing_and_broken_files(tmp_path):
+    """Danger: half a file is trained on."""
     with pytest.raises(DocumentError, match="cannot be read"):
         read(tmp_path / "none.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b no gzip")
@@ -92,6 +97,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 def test_held_out_data_may_be_dev_but_not_test(tmp_path):
+    """Danger: the test set decides when a training stops."""
     row = kit.rows(1)[0]
     assert read(kit.write(tmp_path / "a.jsonl", [row | {"split": "dev"}]), allowed=HELD_OUT_SPLITS)
     with pytest.raises(TrainError, match="split 'test'"):
@@ -103,6 +109,7 @@ def messages(*texts: str) -> dict:
 
 
 def test_conversations():
+    """Danger: a reply is learned as if the user had said it."""
     sample = kinds.multi_turn(messages("a", "b", "c", "d"), "here")
     assert [d.text for d in sample.documents] == ["User: a\nAssistant: b"]
     assert (sample.question, sample.answers, sample.ordered, sample.reuse) == ("c", ("d",), True, True)
@@ -115,6 +122,7 @@ def test_conversations():
 
 
 def test_summaries_are_cut_into_pieces():
+    """Danger: an article is one document, and nothing is reused across pieces."""
     short = kinds.summary({"document": "word " * 300, "summary": "s"}, "here")
     assert [len(d.text.split()) for d in short.documents] == [75] * 4
     long = kinds.summary({"document": "word " * 3000, "summary": "s"}, "here")
@@ -125,12 +133,14 @@ def test_summaries_are_cut_into_pieces():
 
 
 def test_plain_text():
+    """Danger: plain text gets a prompt around it."""
     assert kinds.text({"text": "hello"}, "here").plain
     with pytest.raises(TrainError, match="here"):
         kinds.text({}, "here")
 
 
 def test_source_specs(tmp_path):
+    """Danger: a colon or an @ in a path is taken for a kind or a weight."""
     path = kit.write(tmp_path / "a.jsonl", kit.rows(3))
     assert (len(kinds.source(path).samples), kinds.source(path).weight) == (3, 0.0)
     made = kinds.source(f"qa-standard:{path}@2.5")
@@ -138,6 +148,7 @@ def test_source_specs(tmp_path):
 
 
 def test_weights_of_kinds_are_shared_by_size():
+    """Danger: two files of a kind count twice."""
     samples = tuple(kit.samples(4))
     made = kinds.weighted(
         [Source(samples[:1], name="qa"), Source(samples[1:], name="qa"), Source(samples, 7, "sft")], {"qa": 8}
@@ -147,6 +158,7 @@ def test_weights_of_kinds_are_shared_by_size():
 
 
 def test_split_keeps_copies_together_and_is_disjoint():
+    """Danger: a held-out sample is trained on in another order."""
     samples = tuple(kit.samples(20))
     copies = tuple(replace(s, documents=s.documents[::-1]) for s in samples)
     (kept,), held = split_held_out([Source(samples + copies)], 0.3, 1)
@@ -161,11 +173,13 @@ def test_split_keeps_copies_together_and_is_disjoint():
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 5), (1.0, 5), (0.5, 1)])
 def test_impossible_splits(share, count):
+    """Danger: nothing is held out, or nothing is left to train on."""
     with pytest.raises(TrainError):
         split_held_out([Source(tuple(kit.samples(count)))], share, 1)
 
 
 def test_nothing_to_train_on():
+    """Danger: a training of nothing runs to its end."""
     for nothing in ([], [Source(())]):
         with pytest.raises(TrainError, match="no samples"):
             sources_of(nothing)
@@ -174,6 +188,7 @@ def test_nothing_to_train_on():
 
 
 def test_draws_vary_order_and_count_but_keep_gold():
+    """Danger: the place of the answer is learned, or the answer is left out."""
     sample = Sample(tuple(Document(str(i)) for i in range(6)), "q", gold=(2, 4))
     drawn = [draw(sample, view, 1, fewest=3) for view in range(40)]
     assert {len(d.documents) for d in drawn} == {3, 4, 5, 6}
@@ -183,6 +198,7 @@ def test_draws_vary_order_and_count_but_keep_gold():
 
 
 def test_draws_keep_what_must_stay():
+    """Danger: a story is told in another order."""
     documents = tuple(Document(str(i)) for i in range(5))
     ordered = Sample(documents, "q", gold=(0,), ordered=True)
     assert draw(ordered, 1, 1, 1) == ordered
@@ -193,6 +209,7 @@ def test_draws_keep_what_must_stay():
 
 
 def test_schedule_follows_weights_and_covers_every_sample():
+    """Danger: some samples are never used, or weights are not kept."""
     sources = [Source(tuple(kit.samples(5)), 3.0), Source(tuple(kit.samples(4)), 1.0)]
     picks = schedule(sources, 4000, 2, 1)
     share = Counter(p.source for p in picks)

@@ -86,6 +86,7 @@ def test_questions_about_the_same_documents_share_one_pass_and_do_not_see_each_o
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", list(strategies()))
 def test_training_pass_equals_serving(family, name):
+    """Danger: what is trained is not what is run."""
     made, strategy = kit.shared(family), strategies()[name]
     samples = kit.samples(3)
     answers = [torch.arange(100, 100 + n) for n in (5, 1, 3)]
@@ -102,12 +103,14 @@ def test_training_pass_equals_serving(family, name):
 
 
 def test_tail_plans_are_suffixes(engine):
+    """Danger: a layout for other engines has computed tokens between reused ones."""
     parts = parts_of(engine.text, kit.samples(1)[0])
     assert parts.plan(strategies()["tail"]).is_suffix
     assert not parts.plan(strategies()["slots"]).is_suffix
 
 
 def test_plain_text_is_ordinary_language_modelling(engine):
+    """Danger: the first token of a text is learned from nothing, or twice."""
     from kvilt.lab.train.kinds import text
 
     parts = parts_of(engine.text, text({"text": "Once upon a time"}, "here"))
@@ -145,6 +148,7 @@ def test_roles_tell_documents_from_what_is_computed(engine):
 
 
 def test_padding_sees_itself_and_changes_nothing(engine):
+    """Danger: padding reaches an answer, or gives rows that are no numbers."""
     rows = [row_of(FULL, parts_of(engine.text, s), torch.arange(100, 103)) for s in kit.samples(2, documents=1)]
     long = row_of(FULL, parts_of(engine.text, kit.samples(1, documents=5)[0]), torch.arange(100, 107))
     batch = collate([*rows, long])
@@ -157,10 +161,13 @@ def test_padding_sees_itself_and_changes_nothing(engine):
 
 
 def test_additive_mask():
+    """Danger: a hidden place is only unlikely."""
     assert additive(torch.tensor([True, False]), torch.float32).tolist() == [0.0, float("-inf")]
 
 
 def test_probing_strategies_cannot_be_trained(engine):
+    """Danger: a plan that depends on the weights is trained as if it did not."""
+
     class Probing(KVPacket):
         def plan(self, prompt, probe):
             probe.layers(FULL.plan(prompt, probe), 1)
@@ -187,6 +194,7 @@ def saved_bytes(engine, checkpointing: bool) -> int:
 
 
 def test_activation_checkpointing_saves_memory_and_changes_no_gradient(engine):
+    """Danger: less memory at the price of other gradients."""
     assert saved_bytes(engine, True) < 0.5 * saved_bytes(engine, False)
     gradients = []
     for checkpointing in (False, True):
@@ -284,6 +292,7 @@ def test_muon_divides_the_parameters(monkeypatch):
 
 
 def test_top_k_approaches_the_full_divergence_from_below():
+    """Danger: what is outside the top k counts twice."""
     teacher, student = 4 * torch.randn(2, 5, 300), 4 * torch.randn(2, 5, 300)
     valid = torch.ones(2, 5, dtype=torch.bool)
     full = float((teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum())
@@ -295,6 +304,7 @@ def test_top_k_approaches_the_full_divergence_from_below():
 
 
 def test_losses_ignore_what_is_padded():
+    """Danger: a short answer is learned from padding."""
     teacher, student = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
     valid = torch.tensor([[False, True, True], [True, True, True]])
     labels = torch.where(valid, torch.full((2, 3), 4), IGNORE)
@@ -327,6 +337,7 @@ def test_fidelity():
 
 @pytest.mark.parametrize("family", ["llama", "glm-interleaved"])
 def test_teacher_decodes_as_the_engine_does(family):
+    """Danger: the student learns other answers than its model gives."""
     made = kit.shared(family)
     samples = kit.samples(3)
     prompts = [row_of(FULL, parts_of(made.text, s), torch.empty(0, dtype=torch.long)) for s in samples]
@@ -336,6 +347,7 @@ def test_teacher_decodes_as_the_engine_does(family):
 
 
 def test_teacher_stops_at_the_end_of_text():
+    """Danger: what a model says after its end is learned, too."""
     made = kit.engine()
     prompts = [row_of(FULL, parts_of(made.text, s), torch.empty(0, dtype=torch.long)) for s in kit.samples(2)]
     free = generate(made.model, prompts, 6)

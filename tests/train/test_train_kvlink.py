@@ -34,6 +34,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_whole_model_learns_and_is_served(model_dir, tmp_path):
+    """Danger: a checkpoint that cannot be served, or an unchanged one."""
     seen = []
     out = train(model_dir, tmp_path, steps=16, evaluate_every=16, on_progress=seen.append)
     losses = [p.loss for p in seen if p.loss == p.loss]
@@ -52,6 +53,7 @@ def test_the_whole_model_learns_and_is_served(model_dir, tmp_path):
 
 
 def test_without_links_it_is_block_fine_tuning(model_dir, tmp_path):
+    """Danger: markers stand in prompts of a model that knows none."""
     out = train(model_dir, tmp_path, links=0, markers=False, steps=2)
     assert json.loads((out / "kvlink.json").read_text()) == {"ids": [], "start": [], "end": []}
     linked = Engine.load(str(out), "kvlink:links=0", "memory").plan("q?", [Document("a")])
@@ -134,6 +136,7 @@ def test_link_tokens_start_from_words(model_dir, tmp_path):
 
 
 def test_the_mixture_trains_reuse_and_standard_tasks(model_dir, tmp_path):
+    """Danger: two kinds of samples do not fit into one batch."""
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     standard = tuple(replace(s, reuse=False, where="s") for s in kit.samples(8, 2))
     talk = tuple(sft({"messages": [*chat, {"role": "user", "content": str(i)}, chat[1]]}, f"c{i}") for i in range(6))
@@ -144,6 +147,7 @@ def test_the_mixture_trains_reuse_and_standard_tasks(model_dir, tmp_path):
 
 
 def test_link_tokens_are_added_where_none_are_reserved(model_dir, tmp_path):
+    """Danger: links share a token, or a second training adds them again."""
     out = train(model_dir, tmp_path, slots=40, steps=1)
     tokenizer = AutoTokenizer.from_pretrained(out)
     tokens = LinkTokens.from_json((out / "kvlink.json").read_text())
@@ -157,6 +161,8 @@ def test_link_tokens_are_added_where_none_are_reserved(model_dir, tmp_path):
 
 
 def test_the_published_layout():
+    """Danger: the authors' link tokens are others than ours."""
+
     class Vocabulary:
         name_or_path = ""
         get_input_embeddings = staticmethod(lambda: torch.nn.Embedding(LLAMA3_VOCABULARY, 1))
@@ -175,6 +181,7 @@ def test_the_published_layout():
     ],
 )
 def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, message):
+    """Danger: a bad sample shows after hours."""
     bad = [replace(s, **change) if i == 0 else s for i, s in enumerate(kit.samples())]
     with pytest.raises(UserError, match=message):
         train(model_dir, tmp_path, bad, tests=kit.samples(12)[8:])
@@ -204,11 +211,13 @@ def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, me
     ids=str,
 )
 def test_bad_settings(model_dir, tmp_path, settings):
+    """Danger: a setting that makes no sense shows after hours."""
     with pytest.raises(TrainError):
         train(model_dir, tmp_path, **settings)
 
 
 def test_wrong_splits(model_dir, tmp_path):
+    """Danger: early stopping sees its own training data."""
     with pytest.raises(TrainError, match="wrong split"):
         train(model_dir, tmp_path, tests=kit.samples(1))
     with pytest.raises(TrainError, match="empty"):
@@ -216,4 +225,5 @@ def test_wrong_splits(model_dir, tmp_path):
 
 
 def test_samples_are_hashable():
+    """Danger: samples cannot stand in a set."""
     assert len({Sample(()), Sample(())}) == 1

@@ -36,6 +36,7 @@ def train(engine, out, samples=None, tests=None, on_progress=lambda _: None, **s
     ids=str,
 )
 def test_only_vectors_are_trained(engine, tmp_path, settings):
+    """Danger: the frozen model learns, too."""
     before = {n: p.clone() for n, p in engine.model.hf.named_parameters()}
     made = train(engine, tmp_path, steps=2, **settings)
     assert kit.same(before, dict(engine.model.hf.named_parameters()))
@@ -45,6 +46,7 @@ def test_only_vectors_are_trained(engine, tmp_path, settings):
 
 
 def test_loss_falls_and_the_best_step_is_written(engine, tmp_path):
+    """Danger: nothing is learned, or the last step is written."""
     seen = []
     made = train(engine, tmp_path, steps=20, evaluate_every=10, on_progress=seen.append)
     history = json.loads(made.metadata["history"])
@@ -55,6 +57,7 @@ def test_loss_falls_and_the_best_step_is_written(engine, tmp_path):
 
 
 def test_the_wrapper_says_where_it_comes_from(engine, tmp_path):
+    """Danger: a file of vectors of which nobody knows what made it."""
     train(engine, tmp_path, links=2, steps=2)
     made = Wrapper.load(tmp_path / "wrapper.safetensors")
     assert made.model == engine.model.digest
@@ -64,6 +67,7 @@ def test_the_wrapper_says_where_it_comes_from(engine, tmp_path):
 
 
 def test_a_trained_wrapper_is_served(engine, tmp_path):
+    """Danger: a wrapper is served in another layout than it was trained in."""
     train(engine, tmp_path, links=2, layout="tail", steps=1)
     file = tmp_path / "wrapper.safetensors"
     served = engine.with_strategy(f"linked_packet:wrapper={file}")
@@ -78,6 +82,7 @@ def test_a_trained_wrapper_is_served(engine, tmp_path):
 
 
 def test_links_alone_can_be_trained_onto_a_wrapper(engine, tmp_path):
+    """Danger: stored documents become useless because links were trained."""
     first = train(engine, tmp_path / "a", steps=2)
     start = str(tmp_path / "a" / "wrapper.safetensors")
     made = train(engine, tmp_path / "b", links=2, start=start, links_only=True, steps=2)
@@ -89,6 +94,7 @@ def test_links_alone_can_be_trained_onto_a_wrapper(engine, tmp_path):
 
 
 def test_a_model_with_broken_weights_is_refused(tmp_path):
+    """Danger: a student learns from numbers that are none."""
     engine = kit.engine()
     with torch.no_grad():
         engine.model.hf.lm_head.weight[5] = float("nan")
@@ -97,6 +103,7 @@ def test_a_model_with_broken_weights_is_refused(tmp_path):
 
 
 def test_questions_are_asked_by_the_model_and_kept(engine, tmp_path, monkeypatch):
+    """Danger: a second run asks other questions, and trains on other data."""
     bare = [replace(s, question="", gold=()) for s in kit.samples()] + [
         Sample((Document(f"single {i}"),)) for i in range(6)
     ]
@@ -108,12 +115,14 @@ def test_questions_are_asked_by_the_model_and_kept(engine, tmp_path, monkeypatch
 
 
 def test_a_silent_model_is_an_error(engine, tmp_path, monkeypatch):
+    """Danger: a wrapper is trained on empty questions."""
     monkeypatch.setattr("kvilt.lab.train.questions._ask", lambda engine, samples, *_: [""] * len(samples))
     with pytest.raises(TrainError, match="asked no question"):
         train(engine, tmp_path, [replace(s, question="") for s in kit.samples()])
 
 
 def test_mixtures(engine, tmp_path):
+    """Danger: sources of a mixture lose their names."""
     several = [Source(tuple(kit.samples(8)), 3.0, "a"), Source(tuple(kit.samples(12, 2)), 1.0, "b")]
     assert json.loads(train(engine, tmp_path, several, steps=1).metadata["data"]).keys() == {"a", "b", "held-out"}
 
@@ -128,6 +137,7 @@ def test_mixtures(engine, tmp_path):
     ],
 )
 def test_bad_samples_are_refused_before_training(engine, tmp_path, monkeypatch, change, settings, message):
+    """Danger: a bad sample shows after hours."""
     monkeypatch.setattr(Loop, "train", lambda loop: pytest.fail("trained"))
     bad = [replace(s, **change) if i == 0 else s for i, s in enumerate(kit.samples())]
     with pytest.raises(TrainError, match=message):
@@ -154,11 +164,13 @@ def test_bad_samples_are_refused_before_training(engine, tmp_path, monkeypatch, 
     ids=str,
 )
 def test_bad_settings(engine, tmp_path, settings):
+    """Danger: a setting that makes no sense shows after hours."""
     with pytest.raises(TrainError):
         train(engine, tmp_path, **settings)
 
 
 def test_wrong_splits(engine, tmp_path):
+    """Danger: early stopping sees its own training data."""
     with pytest.raises(TrainError, match="wrong split"):
         train(engine, tmp_path, tests=kit.samples(2))
     with pytest.raises(TrainError, match="held-out split is empty"):
@@ -168,6 +180,7 @@ def test_wrong_splits(engine, tmp_path):
 
 
 def test_wrappers_of_another_size_or_model_are_refused(engine, tmp_path):
+    """Danger: vectors of another model are trained on."""
     train(engine, tmp_path / "a", links=2, steps=1)
     start = str(tmp_path / "a" / "wrapper.safetensors")
     with pytest.raises(WrapperError, match="header=2 and trailer=2, not 3"):
@@ -186,12 +199,14 @@ def test_wrappers_of_another_size_or_model_are_refused(engine, tmp_path):
 
 
 def test_linked_packet_needs_link_vectors(engine, tmp_path):
+    """Danger: a wrapper without links is served as one with them."""
     train(engine, tmp_path, steps=1)
     with pytest.raises(WrapperError, match="no link vectors"):
         engine.with_strategy(f"linked_packet:wrapper={tmp_path / 'wrapper.safetensors'}")
 
 
 def test_published_wrappers(tmp_path):
+    """Danger: a foreign file runs code, or is read as other vectors."""
     header, trailer = torch.randn(1, 8, 64).bfloat16(), torch.randn(1, 8, 64)
     shipped = {"header": header, "trailer": trailer, "header_len": 8, "dim": 64, "train_config": {"lr": 1e-3}}
     torch.save(shipped, tmp_path / "8_8.pt")

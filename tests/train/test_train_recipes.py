@@ -21,6 +21,7 @@ def recipe(name: str):
 
 
 def test_packet(model_dir, tmp_path, monkeypatch, capsys):
+    """Danger: the recipe does not run."""
     data = kit.write(tmp_path / "a.jsonl", kit.rows())
     module = recipe("packet")
     monkeypatch.setattr(module, "RECIPES", {"linked": kit.QUICK})
@@ -32,6 +33,7 @@ def test_packet(model_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_kvlink(model_dir, tmp_path, monkeypatch, capsys):
+    """Danger: the recipe does not run."""
     kit.write(tmp_path / "qa.jsonl", kit.rows())
     kit.write(tmp_path / "text.jsonl", [{"text": f"text {i}"} for i in range(4)])
     module = recipe("kvlink")
@@ -46,5 +48,6 @@ def test_kvlink(model_dir, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["packet", "kvlink"])
 def test_settings_are_valid(name):
+    """Danger: a recipe's settings are refused."""
     for made in recipe(name).RECIPES.values():
         (made if name == "packet" else made.config).check()
