@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from kvilt.rows.rows import TensorRows
 from kvilt.types import Adapter, CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
 
 OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
+TUNED = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")  # of a layer with adapters of peft
 SAMPLE = 16  # numbers of each tensor that are compared at every request
 
 
@@ -71,16 +72,9 @@ class Model:
             kinds = {(v.dtype, v.device) for v in views}
             self._samples = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
         numbers = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._samples[1]]
-        tuners = [m for m in self.hf.modules() if hasattr(type(m), "merged_adapters")] if self.adapted else []
-        states = [
-            (m.active_adapters, m.merged_adapters, m.disable_adapters, getattr(m, "scaling", None)) for m in tuners
-        ]
+        modules = self.hf.modules() if getattr(self.hf, "peft_config", None) else ()
+        states = [[getattr(m, what, None) for what in TUNED] for m in modules if hasattr(type(m), "merged_adapters")]
         return str(states), where, numbers
-
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters of peft were added."""
-        return bool(getattr(self.hf, "peft_config", None))
 
     @property
     def context_length(self) -> int:
@@ -158,19 +152,19 @@ class Model:
         captured = _Capture()
         positions = torch.arange(batch.shape[1], device=self.shape.device)
         with self._acting((encoding.adapter, None)):
-            self._base(
+            self.hf.base_model(  # without its head: encoding needs no logits
                 inputs_embeds=self.embed(batch, encoding.learned),
                 position_ids=positions[None],
                 past_key_values=captured,
                 attention_mask=None if mask is None else mask.to(self.shape.device),
             )
-        return [replace(cache, rows=self._plain(captured.rows(i, at), at)) for i, cache, at in _kept(caches)]
+        return [replace(cache, rows=self._captured(captured, i, cache)) for i, cache in enumerate(caches)]
 
-    def _plain(self, data: Tensor, positions: Tensor) -> TensorRows:
-        """Captured rows (layers, 2, heads, rows, head_dim), keys rotated to `positions`, as they are stored."""
-        angles = self.rotation.angles(positions, data.device)
-        self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
-        return TensorRows(data.cpu())
+    def _captured(self, captured: _Capture, document: int, cache: DocumentCache) -> TensorRows:
+        """The rows that one document of a batch keeps, in memory of their own."""
+        at = (cache.dropped + cache.offsets).to(self.shape.device)
+        states = [state[document].index_select(1, at) for state in captured.states]
+        return TensorRows(self.rotation.plain(torch.stack(states).unflatten(0, (-1, 2)), at).data.cpu())
 
     @contextmanager
     def run(self, plan: Plan, room: int = 0, overlap: bool | None = None) -> Iterator[Run]:
@@ -208,61 +202,36 @@ class Model:
     @torch.no_grad()
     def dense(self, dense: Dense, learned: Tensor | None = None) -> Tensor:
         """Logits of the computed rows in one ordinary pass without any cache: the definition of right. float32."""
+        embeds, mask = self.embed(dense.tokens, learned), dense.mask[None, None].to(self.shape.device)
         with attention.using(attention.in_one(dense)), self._acting(*dense.adapters):
-            out = self.hf(
-                inputs_embeds=self.embed(dense.tokens, learned)[None],
-                position_ids=dense.positions[None].to(self.shape.device),
-                attention_mask=dense.mask[None, None].to(self.shape.device),
-                use_cache=False,
-            )
-        return torch.as_tensor(out.logits[0, dense.computed]).float()
+            return self._logits(embeds, dense.positions, attention_mask=mask, use_cache=False)[dense.computed].float()
 
     @torch.no_grad()
     def forward(self, plan: Plan, placed: PlacedCache, last: int) -> Tensor:
         """One pass over the plan's computed tokens into a placed cache: logits of the last ones, (last, vocab) float32."""
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
-        positions = plan.positions[plan.computed_rows].to(self.shape.device)
+        positions, embeds = plan.positions[plan.computed_rows], self.embed(plan.computed_tokens, plan.learned)
+        more = {"past_key_values": placed, "attention_mask": mask, "logits_to_keep": last}
         with attention.using(placed.attention), self._acting((plan.reader, plan.asking)):
-            out = self.hf(
-                inputs_embeds=self.embed(plan.computed_tokens, plan.learned)[None],
-                position_ids=positions[None],
-                past_key_values=placed,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=last,
-            )
-        return torch.as_tensor(out.logits[0]).float()
+            return self._logits(embeds, positions, **more).float()
 
     @torch.no_grad()
     def after(self, tokens: Tensor, placed: PlacedCache) -> Tensor:
         """Logits behind each of several tokens (tokens,) appended to a placed cache, (tokens, vocab) float32.
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
-        positions = placed.position + torch.arange(len(tokens), device=self.shape.device)
+        positions = placed.position + torch.arange(len(tokens))
         with attention.using(placed.attention), self._acting((placed.reader, None)):
-            out = self.hf(
-                input_ids=tokens[None].to(self.shape.device),
-                position_ids=positions[None],
-                past_key_values=placed,
-                use_cache=True,
-            )
-        return torch.as_tensor(out.logits[0]).float()
+            return self._logits(self.embed(tokens), positions, past_key_values=placed).float()
+
+    def _logits(self, embeds: Tensor, positions: Tensor, **more: Any) -> Tensor:
+        """Logits of one pass over embeddings (tokens, hidden) at positions (tokens,), (tokens, vocab)."""
+        out = self.hf(inputs_embeds=embeds[None], position_ids=positions[None].to(self.shape.device), **more)
+        return torch.as_tensor(out.logits[0])
 
     def _acting(self, *adapters: tuple[Adapter | None, Tensor | None]) -> AbstractContextManager[None]:
         """Lets adapters act in the passes made inside, each on its tokens; nothing happens where there are none."""
         return acting(self.hf, *adapters) if any(adapter for adapter, _ in adapters) else nullcontext()
-
-    @property
-    def _base(self) -> Callable[..., Any]:
-        """The model without its head: encoding needs no logits."""
-        base: Callable[..., Any] = self.hf.base_model
-        return base
-
-
-def _kept(caches: Sequence[DocumentCache]) -> Iterator[tuple[int, DocumentCache, Tensor]]:
-    """Of each document of a batch: its number, its cache, and which of its run tokens leave rows, (rows,)."""
-    for i, cache in enumerate(caches):
-        yield i, cache, cache.dropped + cache.offsets
 
 
 class _Capture(Cache):
@@ -270,24 +239,13 @@ class _Capture(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.layers_seen: list[tuple[Tensor, Tensor]] = []  # (documents, heads, tokens, head_dim) each
+        self.states: list[Tensor] = []  # keys and values of every layer, (documents, heads, tokens, head_dim) each
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        self.layers_seen.append((key_states, value_states))
+        self.states += [key_states, value_states]
         return key_states, value_states
-
-    def rows(self, document: int, at: Tensor) -> Tensor:
-        """One document's rows at the run tokens `at`, in memory of their own, (layers, 2, heads, rows, head_dim)."""
-        keys, _ = self.layers_seen[0]
-        _, heads, _, dim = keys.shape
-        out = torch.empty(len(self.layers_seen), 2, heads, len(at), dim, dtype=keys.dtype, device=keys.device)
-        at = at.to(keys.device)
-        for layer, sides in enumerate(self.layers_seen):
-            for side, states in enumerate(sides):
-                torch.index_select(states[document], 1, at, out=out[layer, side])
-        return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

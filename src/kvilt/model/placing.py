@@ -15,7 +15,7 @@ from transformers import Cache
 from kvilt.model.attention import TwoPart
 from kvilt.model.loader import Loader, Staging
 from kvilt.plan import Plan, Segment
-from kvilt.rows.rows import Rotation, TensorRows
+from kvilt.rows.rows import Rotation
 from kvilt.types import CacheKey, DocumentCache, Rows
 
 ROOM_STEP = 256  # capacities are rounded up, so that prompts of like length share a buffer
@@ -239,9 +239,8 @@ class PlacedCache(Cache):
     def taken(self, segment: Segment, base: int, layers: int, key: CacheKey) -> DocumentCache:
         """What the lowest layers now hold for a segment, as a cache of its own."""
         data = self.buffer[:layers, :, :, base : base + len(segment.places)].clone()
-        angles = self.rotation.angles(segment.start + segment.places, data.device)
-        self.rotation.rotate(data[:, 0], angles, data[:, 0], back=True)
-        return DocumentCache(segment.tokens, segment.places, segment.length, key, TensorRows(data))
+        rows = self.rotation.plain(data, segment.start + segment.places)
+        return DocumentCache(segment.tokens, segment.places, segment.length, key, rows)
 
 
 @dataclass(eq=False)

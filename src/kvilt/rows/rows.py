@@ -242,6 +242,12 @@ class Rotation:
             out[..., rest:] = keys[..., rest:]
         return out
 
+    def plain(self, data: Tensor, positions: Tensor) -> TensorRows:
+        """Rows (layers, 2, heads, rows, head_dim) without the rotation of these positions (rows,); `data` itself is changed."""
+        angles = self.angles(positions, data.device)
+        self.rotate(data[:, 0], angles, data[:, 0], back=True)
+        return TensorRows(data)
+
     def _pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the two channels of every rotated pair, (..., rotary_dim / 2) each."""
         half = len(self.inv_freq)
