@@ -112,12 +112,16 @@ def test_starting_is_fast(verb: tuple[str, ...], tmp_path: Path) -> None:
         "print(time.process_time(), file=sys.stderr)"  # whatever else this machine does
     )
     environment = {"PYTHONPATH": str(Path(kvilt.__file__).parents[1]), "PATH": ""}
-    times = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        times.append(float(done.stderr.splitlines()[-1]))
-    assert min(times) < 0.3
+
+    def seconds(code: str) -> float:
+        """Of the processor, at best: whatever else this machine does."""
+        runs = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)]
+        runs += [subprocess.run(runs[0].args, env=environment, capture_output=True, text=True) for _ in range(2)]
+        assert all(done.returncode == 0 for done in runs), runs[0].stderr
+        return min(float(done.stderr.splitlines()[-1]) for done in runs)
+
+    alone = seconds("import sys, time, typer, typer._adapters; print(time.process_time(), file=sys.stderr)")
+    assert seconds(code) < max(0.3, 2.5 * alone)  # a slow machine is slow with typer alone, too
 
 
 def test_the_version_is_told() -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kvilt import registry
 from kvilt.cli import talk
@@ -19,6 +19,9 @@ from kvilt.errors import SpecError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from kvilt.engine.engine import Engine
+
+
+_NEXT = re.compile(r"\n[^\s)]")  # where a class ends
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,26 @@ def _written(options: dict[str, object]) -> str:
 
 
 @functools.cache
-def _module(name: str) -> ast.Module:
-    spec = importlib.util.find_spec(name)
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
     if spec is None or not spec.has_location:
-        raise ImportError(f"no source of {name}")
-    return ast.parse(Path(spec.origin or "").read_text(encoding="utf-8"))
+        raise ImportError(f"no source of {module}")
+    return Path(spec.origin or "").read_text(encoding="utf-8")
 
 
+@functools.cache
 def _class(path: str) -> tuple[str, ast.ClassDef]:
-    """The class that "module:Class" stands for, and the module where it is defined."""
+    """The class that "module:Class" stands for, and the module where it is defined; only its own lines are parsed."""
     module, _, name = path.partition(":")
-    for node in _module(module).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return module, node
-        if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
-            return _class(f"{node.module}:{name}")
+    source = _source(module)
+    start = max(source.find(f"\nclass {name}{end}") for end in "(:") + 1
+    if start:
+        last = _NEXT.search(source, start)
+        (node,) = ast.parse(source[start : last.start() if last else None]).body
+        return module, cast(ast.ClassDef, node)
+    names = rf"[^(\n]*\b{name}\b|\([^)]*\b{name}\b"
+    if origin := re.search(rf"^from (\S+) import (?:{names})", source, re.MULTILINE):
+        return _class(f"{origin[1]}:{name}")
     raise ImportError(f"{module} has no class {name}")
 
 
