@@ -50,21 +50,21 @@ vllm: .venv-vllm/.ready
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -p no:cacheprovider
 
 bench: $(VENV)/.ready
-	$(BIN)/kvilt bench ttft --out benchmarks --keep build/caches
-	$(BIN)/kvilt bench ttft --out benchmarks/floor --keep build/caches --repeats 5 \
+	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks --keep build/caches
+	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks/floor --keep build/caches --repeats 5 \
 		--strategy block --strategy kv_packet:wrapper=WRAPPER --strategy kvlink:links=5
-	$(BIN)/kvilt bench ttft --out benchmarks/methods --keep build/caches --documents 10 --strategy full --strategy block \
+	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks/methods --keep build/caches --documents 10 --strategy full --strategy block \
 		--strategy kv_packet:wrapper=WRAPPER --strategy linked_packet:wrapper=WRAPPER,layout=tail --strategy kvlink:links=5 \
 		--strategy anchors:chunk=100,anchors=25,links=5 --strategy turborag --strategy prompt_cache:slot=512 --strategy ape \
 		--strategy epic:tokens=16 --strategy random:ratio=0.15 --strategy cacheblend:ratio=0.15 \
 		--strategy cacheblend:ratio=0.15,stages=3 --strategy a3:ratio=0.15 --strategy prophetkv:ratio=0.2 \
 		--strategy infoflow:ratio=0.2 --strategy sam_kv
-	$(BIN)/kvilt bench ttft --out benchmarks/recompute --keep build/caches --documents 10 --strategy full \
+	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks/recompute --keep build/caches --documents 10 --strategy full \
 		--strategy epic:tokens=16 --strategy cacheblend:ratio=0.15 --strategy prophetkv:ratio=0.2
-	$(BIN)/kvilt bench compression --out benchmarks --shape llama-30m --compress int8 --compress int4 --compress fp8 \
+	$(BIN)/kvilt bench compression --dtype bfloat16 --out benchmarks --shape llama-30m --compress int8 --compress int4 --compress fp8 \
 		--compress keydiff:keep=0.75 --compress keydiff:keep=0.5 --compress keydiff:keep=0.25 --compress keydiff:keep=0.5+int8
-	$(BIN)/kvilt bench decode --out benchmarks
-	$(BIN)/kvilt bench encode --out benchmarks
+	$(BIN)/kvilt bench decode --dtype float32 --out benchmarks
+	$(BIN)/kvilt bench encode --dtype float32 --out benchmarks
 	$(BIN)/kvilt bench memory --out benchmarks
 
 clean:
