@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,35 @@ def test_the_authors_files_load(tmp_path: Path) -> None:
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(WrapperError, match="something"):
         Wrapper.load(tmp_path / "other.pt")
+
+
+def published(folder: Path, **more: object) -> Wrapper:
+    """An authors' file with what it says of its model."""
+    torch.save({"header": torch.randn(1, 8, 64), "trailer": torch.randn(1, 8, 64), **more}, folder / "published.pt")
+    return Wrapper.load(folder / "published.pt")
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["for all channels", "for each channel"])
+def test_the_authors_files_are_tied_to_their_model(tmp_path: Path, each: bool) -> None:
+    """Danger U17: vectors of another model of the same width are taken, and every answer is nonsense."""
+    model = zoo.model_of("llama")
+    weight = model.hf.get_input_embeddings().weight.detach().float()
+    own = (
+        {"mean": weight.mean(0), "std": weight.std(0)} if each else {"mean": weight.mean(), "std": float(weight.std())}
+    )
+    wrapper = published(tmp_path, **own, train_config={"model_name": "meta-llama/Llama-3.1-8B-Instruct"})
+    assert wrapper.check(model.info()) is wrapper
+    assert torch.equal(copy.deepcopy(wrapper).header, wrapper.header)
+    assert copy.deepcopy(wrapper).encoding().digest == wrapper.encoding().digest
+    foreign = published(tmp_path, mean=0.0, std=0.013, train_config={"model_name": "meta-llama/Llama-3.1-8B-Instruct"})
+    with pytest.raises(WrapperError, match=r"Llama-3\.1-8B-Instruct"):
+        foreign.check(model.info())
+
+
+def test_the_authors_files_that_do_not_say_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Danger U17: nobody is told that a file might belong to another model."""
+    published(tmp_path).check(zoo.model_of("llama").info())
+    assert "does not say which model" in caplog.text
 
 
 def test_a_wrapper_file_runs_no_code(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kvilt.errors import WrapperError
 from kvilt.types import Encoding, ModelInfo
 
 FORMAT = "kvilt-wrapper-1"
+ALIKE = 0.02  # of their standard deviation: how far apart the same embeddings' statistics may be
+logger = logging.getLogger("kvilt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,16 @@ class Wrapper:
                 f"this wrapper was trained for weights {self.model[:16]}, this model's are {info.digest[:16]}. "
                 "Use the model it was trained on, or train one: kvilt train packet."
             )
+        if "std" in self.metadata:  # published: the embeddings that its vectors were drawn like
+            (mean, std), trained = info.embedding_stats, self.metadata.get("trained_on") or "another model"
+            own = float(self.metadata["mean"]), float(self.metadata["std"])
+            if max(abs(own[0] - mean), abs(own[1] - std)) > ALIKE * std:
+                raise WrapperError(
+                    f"this wrapper was trained for {trained}, whose embeddings have mean {own[0]:.4g} and standard deviation "
+                    f"{own[1]:.4g}; this model's have {mean:.4g} and {std:.4g}."
+                )
+        elif "source" in self.metadata:
+            logger.warning("kv_packet: this wrapper does not say which model it was trained for")
         return self
 
     def save(self, path: str | Path) -> None:
@@ -103,8 +116,24 @@ class Wrapper:
         finite = all(torch.isfinite(v).all() for v in flat.values())
         if not finite or flat["header"].shape[1] != flat["trailer"].shape[1]:
             raise WrapperError(f"{path}: header and trailer must be finite and of the same width.")
-        return cls(flat["header"], flat["trailer"], metadata={"source": path.name})
+        return cls(flat["header"], flat["trailer"], metadata={"source": path.name, **_origin(state)})
 
 
 def _entry(state: object, name: str) -> object:
     return state.get(name) if isinstance(state, dict) else None
+
+
+def _origin(state: object) -> dict[str, str]:
+    """What a published file says of the model it was trained for: statistics of its embeddings, and its name."""
+    config, fields = _entry(state, "train_config"), ("model_name", "model", "model_path", "base_model")
+    names = [config[field] for field in fields if isinstance(config, dict) and field in config]
+    given = [_entry(state, name) for name in ("mean", "std")]
+    mean, std = (torch.as_tensor(v, dtype=torch.float64) if _is_number(v) else None for v in given)
+    if mean is None or std is None:
+        return {}
+    spread = float((std.square().mean() + mean.var(correction=0)).sqrt())  # given for each channel, or for all
+    return {"mean": repr(float(mean.mean())), "std": repr(spread), "trained_on": str(names[0]) if names else ""}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() > 0)
