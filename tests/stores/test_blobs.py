@@ -11,7 +11,7 @@ import pytest
 from store_kit import bytes_of
 
 from kvilt.errors import StoreError
-from kvilt.stores.blobs import BlobStore, MemoryBlob, MemoryBlobs
+from kvilt.stores.blobs import BlobStore, MemoryBlobs
 from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.entry import Entry
 from kvilt.stores.folder import DiskBlobs
@@ -140,16 +140,6 @@ def test_set_aside_is_out_of_service(blobs: BlobStore) -> None:
     assert blobs.get_many([KEYS[0]]) == [None]
     assert put(blobs, KEYS[0], b"sound")
     assert bytes_of(blobs.get_many([KEYS[0]])[0]) == b"sound"
-
-
-def test_pieces_in_memory() -> None:
-    """Danger: what is stored is described by a header that spans two pieces, and is read wrongly."""
-    blob = MemoryBlob([memoryview(b"ab"), memoryview(b""), memoryview(b"cde"), memoryview(b"f")])
-    into = bytearray(4)
-    blob.read(1, [memoryview(into)[:3], memoryview(into)[3:]])
-    assert into == b"bcde"
-    with pytest.raises(EOFError):
-        blob.read(5, [memoryview(into)[:2]])
 
 
 def test_a_tier_that_lost_a_blob_gets_it_back(tmp_path: Path) -> None:

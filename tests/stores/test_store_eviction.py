@@ -138,15 +138,18 @@ def test_a_smaller_budget_and_another_policy_hold_after_gc(tmp_path: Path) -> No
 
 def test_a_disk_store_is_never_unlimited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: a store without a budget fills the disk. It takes half of the free space, its own documents counted."""
-    store = DiskStore(str(tmp_path))
-    free = [8 * unit()]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    store, room = DiskStore(str(tmp_path)), [8 * unit()]
+
+    def usage(path: Path) -> object:
+        held = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+        return type("Usage", (), {"free": room[0] - held})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
     for seed in range(10):
         store.put(make_cache(seed))
-        free[0] = 8 * unit() - store.stats().bytes
     assert store.stats().entries == 4
     assert store.stats().budget == 4 * unit()
-    free[0] = 0  # others fill the disk: the store makes room
+    room[0] = 4 * unit()  # others fill the disk: the store makes room
     store.put(make_cache(11))
     assert store.stats().entries == 2
     store.close()

@@ -6,7 +6,6 @@ Nothing here knows what the bytes mean; pins, time to live, budgets and statisti
 
 from __future__ import annotations
 
-import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -37,25 +36,20 @@ Blobs: TypeAlias = "list[Blob | None]"
 
 
 class MemoryBlob:
-    """Bytes in memory, in one piece or several."""
+    """Bytes in memory."""
 
-    def __init__(self, data: Sequence[memoryview], identity: Hashable = None) -> None:
-        starts = itertools.accumulate(map(len, data), initial=0)
-        self._pieces = [(start, piece) for start, piece in zip(starts, data, strict=False) if len(piece)]
-        self.size = sum(map(len, data))
+    def __init__(self, data: bytes | memoryview, identity: Hashable = None) -> None:
+        self._data, self.size = memoryview(data), len(data)
         self.identity = object() if identity is None else identity
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
         """Copy from `offset` on into all of `into`."""
-        if offset + sum(map(len, into)) > self.size:
-            raise EOFError(f"it ends after {self.size} bytes")
         for view in into:
-            for start, piece in self._pieces:
-                skip = offset - start
-                if 0 <= skip < len(piece) and len(view):
-                    part = piece[skip : skip + len(view)]
-                    view[: len(part)] = part
-                    view, offset = view[len(part) :], offset + len(part)
+            part = self._data[offset : offset + len(view)]
+            if len(part) < len(view):
+                raise EOFError(f"it ends after {self.size} bytes")
+            view[:] = part
+            offset += len(view)
 
     def close(self) -> None:
         """Nothing to do: the bytes go with the last reference."""
@@ -82,13 +76,7 @@ class BlobStore(ABC):
 
     def contains(self, keys: Iterable[str]) -> set[str]:
         """Which of these keys have a blob."""
-        there = set()
-        for key in keys:  # one by one: they may be more than can be open at once
-            for blob in self.get_many([key]):
-                if blob is not None:
-                    blob.close()
-                    there.add(key)
-        return there
+        return {key for key in keys for blob in self.get_many([key]) if blob is not None}  # never all open at once
 
     def set_aside(self, key: str, reason: str) -> bool:
         """Take a damaged blob out of service, kept for inspection where the store can; whether it was there."""
@@ -124,7 +112,7 @@ class MemoryBlobs(BlobStore):
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
         if check_key(key) in self._blobs:
             return False
-        blob = MemoryBlob([memoryview(b"".join(data))])
+        blob = MemoryBlob(b"".join(data))
         return self._blobs.setdefault(key, blob) is blob
 
     def delete(self, key: str) -> bool:

@@ -79,29 +79,22 @@ class Catalogue(Database, BlobStore):
         return self.blobs.list()
 
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
-        """Make room, enter it, then store it: a process that dies in between leaves the store smaller, not too large.
-
-        Where there is much room a document is stored at once and entered with the next ones, in one transaction."""
+        """Where there is much room a document is stored at once and entered with the next ones, in one transaction."""
         if self.blobs.contains([key]):
             return False
-        known, made = self.next, False
-        entry = known if known and known.key == key else self.describe(key, MemoryBlob(data))
-        if not self.asks(entry.bytes):
-            made = self.blobs.put(key, data)
+        entry = self.next if self.next and self.next.key == key else self.describe(key, MemoryBlob(b"".join(data)))
+        asked = self.asks(entry.bytes)
+        if asked:
+            if not self._complete:
+                self.adopt()
+            self.write(lambda db: self._make_room(db, entry))
+        made = self.blobs.put(key, data)
+        if made:
             self._grant -= entry.bytes
-            self._pending |= {key: entry} if made else {}
-            return made
-        if not self._complete:
-            self.adopt()
-        self.write(lambda db: self._enter(db, entry))
-        try:
-            made = self.blobs.put(key, data)
-            self.write(lambda db: self._enter(db, entry, again=True))  # it may have been lost meanwhile
-        except BaseException:
-            if made:
-                self.blobs.delete(key)
-            self.forget({key} - self.blobs.contains([key]))
-            raise
+            self._pending[key] = entry
+        if made and asked:
+            with contextlib.suppress(StoreUnavailable):  # it is entered with the next one
+                self.write(lambda _: None, MOMENT)
         return made
 
     def write(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
@@ -109,7 +102,8 @@ class Catalogue(Database, BlobStore):
         pending = dict(self._pending)
 
         def both(db: sqlite3.Connection) -> T:
-            self._insert(db, [pending[key] for key in self.blobs.contains(pending)])
+            there = pending if self.path is None else self.blobs.contains(pending)  # a folder may have been deleted
+            self._insert(db, [pending[key] for key in there])
             made = work(db)
             if pending and not self._quota:  # others may have taken the room meanwhile
                 self._evict(db, 0, "")
@@ -204,8 +198,8 @@ class Catalogue(Database, BlobStore):
 
     def adopt(self) -> None:
         """Enter what is stored but not entered, and forget what is gone. Raises StoreUnavailable."""
-        there = {key for key, _ in self.blobs.list()}
         known = self.read(lambda db: {key for (key,) in db.execute("SELECT key FROM entries")})
+        there = {key for key, _ in self.blobs.list()}  # after that: others enter what they store
         unknown = [*self._survey(there - known)]
         self.write(lambda db: self._insert(db, unknown))
         self.forget(known - there)
@@ -247,14 +241,13 @@ class Catalogue(Database, BlobStore):
             return int(SHARE * (shutil.disk_usage(self.path.parent).free + held))
         return self._budget
 
-    def _enter(self, db: sqlite3.Connection, entry: Entry, again: bool = False) -> None:
-        if not (again and tables.entries(db, "key = ?", entry.key)):
-            db.execute("DELETE FROM entries WHERE key = ?", (entry.key,))  # of a blob that vanished
-            self._evict(db, entry.bytes, entry.namespace)
-            self._insert(db, [entry])
+    def _make_room(self, db: sqlite3.Connection, entry: Entry) -> None:
+        self._evict(db, entry.bytes, entry.namespace)
         held = tables.held(db, "")[1]
         limit = self._limit(held)
-        self._grant = 0.0 if self._quota else float("inf") if limit is None else (limit - held) / WRITERS
+        self._grant = entry.bytes + (
+            0.0 if self._quota else float("inf") if limit is None else (limit - held) / WRITERS
+        )
 
     def _shrink(self, db: sqlite3.Connection) -> int:
         names = db.execute("SELECT namespace FROM totals WHERE bytes > 0 AND namespace != ''").fetchall()

@@ -119,12 +119,10 @@ class DiskBlobs(BlobStore):
     def _get(self, folder: Path, name: str) -> Blob | None:
         try:
             return FileBlob(folder, name)
-        except FileNotFoundError:
-            return None
         except OSError as error:  # passing, perhaps: a miss
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 too_many_open()
-            else:
+            elif error.errno != errno.ENOENT:
                 log.warning("cannot read stored document %s: %s", name[:16], error.strerror)
             return None
 

@@ -29,7 +29,7 @@ FLUSH_SECONDS = 2.0
 REMEMBERED = 512  # opened caches, each of which keeps its file open
 
 
-Use = tuple[str | None, float]  # key, or None for a miss, and time
+Use = tuple[int, str | None, float]  # process, key (None is a miss), time
 
 
 def check_namespace(name: str) -> None:
@@ -40,10 +40,11 @@ def check_namespace(name: str) -> None:
 
 def _record(uses: deque[Use], catalogues: Sequence[Catalogue], patience: float | None) -> None:
     noted = [uses.popleft() for _ in range(len(uses))]
-    hits = [(key, moment) for key, moment in noted if key is not None]
+    own = [(key, moment) for process, key, moment in noted if process == os.getpid()]  # a fork's parent writes its own
+    hits = [(key, moment) for key, moment in own if key is not None]
     try:
         for catalogue in catalogues:
-            catalogue.record(hits, len(noted) - len(hits) if catalogue is catalogues[-1] else 0, patience)
+            catalogue.record(hits, len(own) - len(hits) if catalogue is catalogues[-1] else 0, patience)
     except StoreUnavailable:
         uses.extendleft(reversed(noted))
 
@@ -77,7 +78,6 @@ class Store:
         self._memo: dict[str, Opened] = {}  # in order of last use; every use of it is one operation, so no lock
         self._uses: deque[Use] = deque(maxlen=100_000)
         self._timer: threading.Timer | None = None
-        self._pid = os.getpid()
         for catalogue in catalogues:
             catalogue.memo = self._memo  # what is evicted is forgotten, or it would stay in memory
         weakref.finalize(self, _leave, self._uses, catalogues)  # also where a store is never closed
@@ -95,7 +95,9 @@ class Store:
         blobs = zip(unique.values(), source.get_many(list(unique)), strict=True)
         caches = {key.digest: self._opened(key, blob, counted) for key, blob in blobs}
         if counted:
-            self._note([None if caches[key.digest] is None else key.digest for key in keys])
+            used = [None if caches[key.digest] is None else key.digest for key in keys]
+            self._uses.extend((os.getpid(), digest, time.time()) for digest in used)
+            self._write_soon()
         return [caches[key.digest] for key in keys]
 
     def found(self, keys: Sequence[CacheKey]) -> dict[str, DocumentCache]:
@@ -195,26 +197,15 @@ class Store:
 
     def flush(self, patience: float | None = None) -> None:
         """Write what was counted; while another process does not let us it is kept for the next time."""
-        self._forget_parent()
         _record(self._uses, self.catalogues, patience)
 
-    def _note(self, uses: Sequence[str | None]) -> None:
-        """Count uses, or misses (None), without waiting for anything: they are written within a few seconds."""
-        self._forget_parent()
-        self._uses.extend((digest, time.time()) for digest in uses)
-        self._write_soon()
-
     def _write_soon(self) -> None:
+        """Have uses and what is pending written within a few seconds, without waiting for anything."""
         if self._timer is None or not self._timer.is_alive():
             self._timer = threading.Timer(FLUSH_SECONDS, _record, [self._uses, self.catalogues, 0.0])
             self._timer.daemon = True
             with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends: `_leave` does it then
                 self._timer.start()
-
-    def _forget_parent(self) -> None:
-        if self._pid != os.getpid():  # in a forked child: the parent writes its own
-            self._pid = os.getpid()
-            self._uses.clear()
 
     def _opened(self, key: CacheKey, blob: Blob | None, counted: bool) -> DocumentCache | None:
         """The cache in a blob, opened once as long as the blob stays the same."""
