@@ -285,3 +285,11 @@ def test_no_property_takes_a_lock() -> None:
     """Danger H1: a child is forked while another thread computes a cached property: in Python 3.11 it waits for ever."""
     users = [p for p in FILES if "cached_property" in p.read_text("utf-8") and p.name != "types.py"]
     assert not users, "use kvilt.types.cached"
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    """Danger: a fault is called fixed, and the test that held it was renamed or deleted."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "FAULTS.md").read_text("utf-8")))
+    written = {n for p in (ROOT / "tests").rglob("*.py") for n in re.findall(r"def (test_\w+)\(", p.read_text("utf-8"))}
+    assert named
+    assert named <= written
