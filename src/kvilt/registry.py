@@ -127,7 +127,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key:
             raise SpecError(
-                f"bad option {pair!r} in {spec!r}: write name:key=value,key=value, and a value with commas in quotes."
+                f"bad option {pair!r} in {spec!r}: write name:key=value, and a value with commas in quotes."
             )
         if key in options:
             raise SpecError(f"option {key!r} stands twice in {spec!r}.")

@@ -130,7 +130,7 @@ def test_kvzip_repeats_long_documents_in_parts_and_says_when_there_is_no_room(mo
     full = Made(
         found, (0, 0), 0, lambda k, b: k, ModelProbe(engine.model, engine.info).attention, engine.text.plain_ids, 100
     )
-    with pytest.raises(DocumentError, match="no room to repeat it in a context of 100"):
+    with pytest.raises(DocumentError, match="no room to repeat it in 100"):
         KVzip().press(full)
 
 

@@ -274,7 +274,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(folder: Path, m
     (folder / "own.py").write_text(CODE.format(mark=str(mark)))
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit(folder / "config.json", model_type="own", auto_map=names)
-    with pytest.raises(ModelError, match=r"code of its own: if you trust it, .*--trust-remote-code"):
+    with pytest.raises(ModelError, match=r"its own code: if you trust it, .*--trust-remote-code"):
         load_model(str(folder))
     assert not mark.exists()
     model = load_model(str(folder), trust_remote_code=True)[0]

@@ -133,7 +133,7 @@ def test_a_profile_is_for_one_model(tmp_path: Path) -> None:
     assert repr(engine.strategy) == f"Ape(temperature=0.6, scale=1.1, profile='{path}')"
     assert engine.with_strategy(engine.strategy).strategy == engine.strategy
     assert engine.plan(QUESTION, DOCUMENTS).context == ContextScaling(0.6, 1.1)
-    with pytest.raises(SpecError, match="calibrated for weights"):
+    with pytest.raises(SpecError, match="calibrated for other weights"):
         engine_of(f"ape:profile={path}", family="qwen2")
     with pytest.raises(SpecError, match="not both"):
         engine_of(f"ape:profile={path},scale=0.5")

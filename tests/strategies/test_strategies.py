@@ -55,7 +55,7 @@ def test_prompt_cache_gives_every_document_its_slot() -> None:
     plan = PromptCache(slot=10).plan(prompt(Q, A, B, C, system=SYSTEM), never)
     assert starts(plan) == [0, 3, 13, 23, 26]  # the question follows the last module
     assert plan.is_suffix
-    with pytest.raises(PromptError, match="4 tokens does not fit its 3 positions"):
+    with pytest.raises(PromptError, match="4 tokens do not fit a place of 3 positions"):
         PromptCache(slot=3).plan(prompt(Q, A, system=SYSTEM), never)
 
 
@@ -97,7 +97,7 @@ def test_a_schema_refuses_what_has_no_place_in_it(tmp_path: Path) -> None:
         strategy.plan(type(asked)(SYSTEM, (B, C), Q, ("terms", "mine")), never)
     with pytest.raises(PromptError, match="alternatives of one union"):
         strategy.plan(type(asked)(SYSTEM, (B, C), Q, ("de", "fr")), never)
-    with pytest.raises(PromptError, match="does not fit its 4 positions"):
+    with pytest.raises(PromptError, match="do not fit a place of 4 positions"):
         strategy.plan(type(asked)(SYSTEM, (fake(range(5)),), Q, ("de",)), never)
     for twice in (("terms", "terms"), ("terms", "customer", "terms")):
         with pytest.raises(PromptError, match="module 'terms' stands twice"):  # every row twice at the same positions

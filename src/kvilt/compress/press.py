@@ -137,9 +137,8 @@ class KVzip(Press):
         asked = made.tokenize("\nRepeat the previous context:\n")
         room = min(CHUNK, made.context - cache.length - len(asked))
         if room < 1:
-            raise DocumentError(
-                f"kvzip: a document of {cache.length} tokens leaves no room to repeat it in a context of {made.context}."
-            )
+            held = f"a document of {cache.length} tokens leaves no room to repeat it in {made.context}"
+            raise DocumentError(f"kvzip: {held}, the model's context.")
         for chunk in torch.split(cache.own_tokens, room):
             again = Segment(torch.cat([asked, chunk]), cache.length, name="repetition")
             plan = Plan((Segment(cache.placed_tokens, 0, cache, name="document"), again), cache.length)

@@ -154,11 +154,8 @@ class Encoder:
         e = self.encoding
         around = len(e.before) + len(e.after) + e.anchors_of(len(ids))
         if len(ids) + around > self.model.context_length:
-            name = document.id or document.title or document.text[:40]
-            raise DocumentError(
-                f"document {name!r} has {len(ids)} tokens, the model's context holds "
-                f"{self.model.context_length - around}. Split it."
-            )
+            name, room = document.id or document.title or document.text[:40], self.model.context_length - around
+            raise DocumentError(f"document {name!r} has {len(ids)} tokens, the model's context holds {room}. Split it.")
         title = self.text.title_length(document) if self.compression.rows else 0
         compression = "" if self.compression == NONE else self.compression.identity(title)
         key = replace(frame, compression=compression, tokens=digest_of(ids))

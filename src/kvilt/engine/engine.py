@@ -276,10 +276,8 @@ class Engine:
             raise PromptError(f"max_new_tokens must be a whole number from 1, not {wanted!r:.40}.")
         free = self.model.context_length - end
         if free < least:
-            raise PromptError(
-                f"the prompt takes {end} positions, the model's context holds {self.model.context_length}. "
-                "Give fewer or shorter documents."
-            )
+            held = f"the model's context holds {self.model.context_length}"
+            raise PromptError(f"the prompt takes {end} positions, {held}. Give fewer or shorter documents.")
         return min(wanted, free)
 
     def _until_sound(self, attempt: Callable[[dict[str, bool]], T]) -> T:

@@ -10,6 +10,7 @@ from torch import nn
 from kvilt.errors import ModelError
 from kvilt.model.rope import check_rope_type
 
+RUNNING = "a running state takes the place of keys and values"
 REFUSED_FIELDS = {  # config field -> why its presence makes reuse inexact
     "is_encoder_decoder": "encoder-decoder models have no single causal cache",
     "kv_lora_rank": "multi-head latent attention (MLA) stores a latent, not keys and values per head",
@@ -18,19 +19,13 @@ REFUSED_FIELDS = {  # config field -> why its presence makes reuse inexact
     "attn_logit_softcapping": "capped attention scores need an attention kernel that Kvilt does not have",
     "num_kv_shared_layers": "layers share keys and values",
     "no_rope_layers": "some layers have no rotary embedding",
-    "mamba_d_state": "state-space layers keep a running state instead of keys and values",
-    "ssm_cfg": "state-space layers keep a running state instead of keys and values",
-    "state_size": "state-space layers keep a running state instead of keys and values",
-    "layers_block_type": "hybrid models keep a running state in some layers",
-    "block_types": "hybrid models keep a running state in some layers",
-    "linear_num_value_heads": "linear-attention layers keep a running state instead of keys and values",
+    **dict.fromkeys(("mamba_d_state", "ssm_cfg", "state_size", "linear_num_value_heads"), RUNNING),
+    **dict.fromkeys(("layers_block_type", "block_types"), f"in some layers {RUNNING}"),
 }
+ABSOLUTE = ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt", "xglm", "ctrl")
 POSITIONS = {  # model type -> how it knows positions, where no config field says so
-    "bloom": "ALiBi adds a bias per distance instead of rotating keys",
-    "mpt": "ALiBi adds a bias per distance instead of rotating keys",
-    **dict.fromkeys(
-        ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt", "xglm", "ctrl"), "absolute positions"
-    ),
+    **dict.fromkeys(("bloom", "mpt"), REFUSED_FIELDS["alibi"]),
+    **dict.fromkeys(ABSOLUTE, "absolute positions"),
 }
 
 EXPERTS = (  # config fields that say how many experts a layer has, and how many of them compute a token
@@ -43,9 +38,8 @@ def check_config(config: Any) -> None:
     """Raise ModelError, naming the config field, for a model whose document caches cannot be reused exactly."""
     kind, inner = config.model_type, getattr(config, "text_config", None)
     if kind in POSITIONS:
-        raise _refused(
-            config, f"model_type = {kind!r}", f"{POSITIONS[kind]}; Kvilt serves decoders with rotary embedding"
-        )
+        why = f"{POSITIONS[kind]}; Kvilt serves decoders with rotary embedding"
+        raise _refused(config, f"model_type = {kind!r}", why)
     if inner is not None:
         check_config(inner)
         if not hasattr(config, "num_hidden_layers"):

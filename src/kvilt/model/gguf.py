@@ -31,9 +31,7 @@ def file_of(name: str) -> Path | None:
         return None
     inside = sorted(at.glob("*.gguf"))
     if len(inside) > 1:
-        raise ModelError(
-            f"{at} holds {len(inside)} GGUF files ({inside[0].name}, {inside[1].name} ...): name one of them."
-        )
+        raise ModelError(f"{at} holds {len(inside)} GGUF files ({inside[0].name} ...): name one of them.")
     return inside[0] if inside else None
 
 

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from kvilt.errors import ModelError
 from kvilt.rows.files import replacing
-from kvilt.types import digest_of
+from kvilt.types import bytes_of, digest_of
 
 UNRELATED = {  # config fields that change no key and no value
     *("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "attn_implementation", "auto_map"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "tie_word_embeddings", "name_or_path"),
     *("vocab_size", "initializer_range"),
 }
-WEIGHTS = (  # where transformers looks for weights, in its order; an index names its files
-    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+KINDS = ("model.safetensors", "pytorch_model.bin")  # where transformers looks for weights, in its order
+WEIGHTS = [name for kind in KINDS for name in (kind, f"{kind}.index.json")]  # an index names its files
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "target_modules", "peft_version", "auto_mapping")
 SOURCE = "made-from.txt"  # in a folder that was made from a file: the file's digest
 READ, PAGE, PAGES = 4 << 20, 4096, 64  # bytes hashed at a time; what is looked at of a file to know it again
@@ -69,9 +68,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights."""
     for path in (folder / name for name in WEIGHTS):
         if path.is_file():
-            parts = (
-                json.loads(path.read_text("utf-8"))["weight_map"].values() if path.suffix == ".json" else [path.name]
-            )
+            sharded = path.suffix == ".json"
+            parts = json.loads(path.read_text("utf-8"))["weight_map"].values() if sharded else [path.name]
             return [folder / part for part in sorted(set(parts))]
     if rest := sorted(folder.glob("*.safetensors")):
         return rest
@@ -176,7 +174,7 @@ class Identity:
                 exact = _narrowed(tensor.detach())
                 plain = f"{name}.".replace(f".{owner}.", ".")  # an adapter may have any name
                 hasher.update(f"{plain} {exact.dtype} {tuple(exact.shape)}\n".encode())
-                hasher.update(_bytes(exact))
+                hasher.update(bytes_of(exact))
         return hasher.hexdigest()
 
 
@@ -243,10 +241,6 @@ def _narrowed(tensor: Tensor) -> Tensor:
     return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of vocabulary and special tokens: two tokenizers that map text to ids alike share it.
 
@@ -254,9 +248,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(
-            f"{type(tokenizer).__name__} is written in Python: Kvilt reads those of the tokenizers library."
-        )
+        raise ModelError(f"{type(tokenizer).__name__} is written in Python: Kvilt needs one of the tokenizers library.")
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     pipeline = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     return digest_of(vocabulary, json.dumps(pipeline, sort_keys=True))

@@ -171,10 +171,8 @@ def choose_dtype(asked: str, own: torch.dtype, device: torch.device) -> tuple[to
     units = [flag for flag in UNITS if flag in _cpu_flags()]
     if device.type != "cpu" or (own == torch.bfloat16 and units):
         return own, f"the checkpoint's own, on {device.type if device.type != 'cpu' else f'a CPU with {units[0]}'}"
-    return (
-        torch.float32,
-        f"the fastest on this CPU that loses nothing of a {str(own).removeprefix('torch.')} checkpoint",
-    )
+    kept = str(own).removeprefix("torch.")
+    return torch.float32, f"the fastest on this CPU that loses nothing of a {kept} checkpoint"
 
 
 def _cpu_flags() -> set[str]:
@@ -210,9 +208,7 @@ def _explained(what: str, name: str) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         hint = "" if Path(name).exists() else " No such folder here; names without a folder are looked up on the hub."
         if "trust_remote_code" in text:
-            hint = (
-                " It wants to run code of its own: if you trust it, pass trust_remote_code=True (--trust-remote-code)."
-            )
+            hint = " It wants to run its own code: if you trust it, pass trust_remote_code=True (--trust-remote-code)."
         raise ModelError(f"cannot load {what}: {text.splitlines()[0]}{hint}") from error
     finally:
         if shown:

@@ -126,8 +126,7 @@ class Model:
         table = self.hf.get_input_embeddings()
         if tokens.numel() and not tokens.is_cuda and int(tokens.max()) >= len(table.weight):
             raise ModelError(
-                f"the tokenizer gives id {int(tokens.max())}, the model has {len(table.weight)} embeddings: "
-                "it belongs to another model."
+                f"the tokenizer is another model's: id {int(tokens.max())} of {len(table.weight)} embeddings."
             )
         tokens = tokens.to(self.shape.device)
         out: Tensor = table(tokens.clamp(min=0))

@@ -97,9 +97,7 @@ def check(model: Model, alone: Own) -> None:
     try:
         reused, at = _reused(model, _trial(model.hf))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ModelError(
-            f"{name} is refused: it does not run on a cache of keys and values per head ({error})."
-        ) from error
+        raise ModelError(f"{name} is refused: it does not run on a cache of keys and values ({error}).") from error
     worst = deviation(reused, alone.logits[at.to(alone.logits.device)])
     if not worst <= tolerance(alone.floor):
         raise ModelError(

@@ -32,13 +32,10 @@ def _no_rotary(hf: nn.Module) -> str:
     config: Any = hf.config
     if any(hasattr(m, "full_attention_inv_freq") or hasattr(m, "sliding_attention_inv_freq") for m in hf.modules()):
         kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-        return (
-            f"{config.model_type} is refused: config field rope_parameters: a rotation for each kind of layer {kinds}."
-        )
-    return (
-        f"config field model_type = {config.model_type!r} is refused: no rotary position embedding was found in it, "
-        "so its keys cannot be moved to another place. Kvilt serves decoders with standard RoPE."
-    )
+        why = f"config field rope_parameters: a rotation for each kind of layer {kinds}"
+    else:
+        why = "no rotary position embedding was found in it; Kvilt serves decoders with standard RoPE"
+    return f"config field model_type = {config.model_type!r} is refused: {why}."
 
 
 def check_rope_type(config: Any) -> None:
@@ -49,10 +46,8 @@ def check_rope_type(config: Any) -> None:
             continue
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind not in SAFE_TYPES:
-            raise ModelError(
-                f"config field {field}.rope_type = {kind!r} is refused: its rotation depends on the length of the prompt, "
-                f"so a stored key cannot be moved. Served: {', '.join(SAFE_TYPES)}."
-            )
+            why = f"its rotation depends on the length of the prompt. Served: {', '.join(SAFE_TYPES)}"
+            raise ModelError(f"config field {field}.rope_type = {kind!r} is refused: {why}.")
         if "mrope_section" in parameters:
             raise ModelError(f"config field {field}.mrope_section is refused: multi-axis positions are not supported.")
 

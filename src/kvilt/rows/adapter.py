@@ -58,9 +58,8 @@ def load(path: str | Path) -> Adapter:
 def check(adapter: Adapter, path: str | Path, info: ModelInfo) -> Adapter:
     """Raise WrapperError unless an adapter was trained for this model."""
     if adapter.model and adapter.model != info.digest:
-        raise WrapperError(
-            f"{path} was trained for weights {adapter.model[:16]}, this model's are {info.digest[:16]}: use its own model."
-        )
+        weights = f"{adapter.model[:16]}, this model's are {info.digest[:16]}"
+        raise WrapperError(f"{path} was trained for weights {weights}: use its own model.")
     for kind, (a, b) in adapter.matrices.items():
         inside = kind.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         width = a.shape[1] if inside else b.shape[2]

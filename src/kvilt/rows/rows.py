@@ -159,9 +159,8 @@ class FileRows:
         if not len(count) or not out.numel():
             return
         block = out[0, 0, 0]  # (rows, head_dim)
-        direct = (
-            out.device.type == "cpu" and out.dtype == self.dtype and block.is_contiguous() and block.nbytes >= DIRECT
-        )
+        there = out.device.type == "cpu" and out.dtype == self.dtype
+        direct = there and block.is_contiguous() and block.nbytes >= DIRECT
         target = out if direct else _scratch.take([len(count), *self._span.shape[1:]], self.dtype)
         self._read("rows", self._span, count, target)
         if not direct:

@@ -43,10 +43,7 @@ class ApeProfile:
         if not known:
             raise SpecError(f"ape: {path} is not a profile of format {FORMAT}.")
         if found.model != info.digest:
-            raise SpecError(
-                f"ape: profile {path} was calibrated for weights {found.model[:16]}, this model's are {info.digest[:16]}. "
-                "Calibrate again: kvilt calibrate ape."
-            )
+            raise SpecError(f"ape: profile {path} was calibrated for other weights. Again: kvilt calibrate ape.")
         return found
 
 

@@ -84,9 +84,7 @@ def sink_tokens(sink: str, info: ModelInfo) -> tuple[int, ...]:
     if not sink.isdecimal() or len(sink) > 6:
         raise SpecError(f"option sink wants 'none', 'system' or a number of BOS tokens, not {sink!r}.")
     if info.sink is None:
-        raise SpecError(
-            "option sink: this tokenizer has no BOS, EOS or padding token to use as a sink; use sink=system."
-        )
+        raise SpecError("option sink: this tokenizer has no BOS, EOS or padding token; use sink=system.")
     return (info.sink,) * int(sink)
 
 

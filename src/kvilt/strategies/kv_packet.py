@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from kvilt.errors import SpecError
 from kvilt.strategies.base import Strategy, beside
@@ -16,12 +16,15 @@ class KVPacket(Strategy):
     """Every document is encoded between a header and a trailer of learned vectors; nothing is recomputed."""
 
     wrapper: str = ""
+    default: ClassVar[str] = "packet.safetensors"  # beside the model's weights
 
     def bind(self, info: ModelInfo) -> Self:
-        """Load the wrapper (default: packet.safetensors beside the model) and check that it was trained for this model."""
-        at = beside(self.wrapper, info, "packet.safetensors")
+        """Load the wrapper (default: a file beside the model) and check that it was trained for this model."""
+        at = beside(self.wrapper, info, self.default)
         if not at:
-            raise SpecError("kv_packet needs trained vectors: kv_packet:wrapper=FILE (train them: kvilt train packet).")
+            raise SpecError(
+                f"{self} needs trained vectors: wrapper=FILE. Train them: kvilt train packet or kvilt train linked-packet."
+            )
         return self.holding(Wrapper.load(at).check(info))
 
     def holding(self, wrapper: Wrapper) -> Self:

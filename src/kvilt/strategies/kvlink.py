@@ -84,10 +84,8 @@ class LinkTokens:
         if links == 0:
             return cls(())
         if len(reserved) < 2 + links:
-            raise SpecError(
-                f"kvlink:links={links} needs at least {2 + links} reserved tokens, this tokenizer has {len(reserved)}. "
-                "Train a checkpoint with link tokens first: kvilt train kvlink."
-            )
+            lacking = f"{2 + links} reserved tokens, this tokenizer has {len(reserved)}"
+            raise SpecError(f"kvlink:links={links} needs at least {lacking}. Train a checkpoint: kvilt train kvlink.")
         free = reserved[2:]
         rows = [free[i : i + links] for i in range(0, len(free) - links + 1, links)]
         return cls(tuple(rows), reserved[:1], reserved[1:2])
@@ -99,8 +97,7 @@ class LinkTokens:
 
     def free(self, reserved: tuple[int, ...]) -> tuple[int, ...]:
         """The reserved tokens that are none of these."""
-        taken = self.every
-        return tuple(i for i in reserved if i not in taken)
+        return tuple(i for i in reserved if i not in self.every)
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,8 @@ class KVLink(Strategy):
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Documents are reused; markers, link tokens and the question are computed."""
         if self.links and len(prompt.documents) > len(self.tokens.ids):
-            raise PromptError(
-                f"kvlink: {len(prompt.documents)} documents, but link tokens for {len(self.tokens.ids)} slots."
-            )
+            there = f"{len(prompt.documents)} documents, but link tokens for {len(self.tokens.ids)} slots"
+            raise PromptError(f"kvlink: {there}.")
         layout = begin(prompt).compute(torch.tensor(self.tokens.start), name="start")
         for slot, document in enumerate(prompt.documents):
             layout.reuse(document).compute(self._links(slot), name="links")

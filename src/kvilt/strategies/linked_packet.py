@@ -9,10 +9,10 @@ import torch
 
 from kvilt.errors import SpecError, WrapperError
 from kvilt.plan import Plan
-from kvilt.strategies.base import Probe, begin, beside
+from kvilt.strategies.base import Probe, begin
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.wrapper import Wrapper
-from kvilt.types import ModelInfo, Prompt
+from kvilt.types import Prompt
 
 LAYOUTS = ("slots", "tail")
 
@@ -26,16 +26,8 @@ class LinkedPacket(KVPacket):
     layout that the wrapper was trained for."""
 
     layout: str = "auto"
+    default = "linked.safetensors"
     links: tuple[int, ...] = field(default=(), repr=False, kw_only=True)
-
-    def bind(self, info: ModelInfo) -> Self:
-        """Load the wrapper (default: linked.safetensors beside the model); check that model and layout are its own."""
-        at = beside(self.wrapper, info, "linked.safetensors")
-        if not at:
-            raise SpecError(
-                "linked_packet needs trained vectors: linked_packet:wrapper=FILE (train: kvilt train linked-packet)."
-            )
-        return self.holding(Wrapper.load(at).check(info))
 
     def holding(self, wrapper: Wrapper) -> Self:
         """The strategy with a wrapper's vectors. Raises WrapperError without link vectors or for another layout."""
@@ -44,9 +36,7 @@ class LinkedPacket(KVPacket):
         if layout not in LAYOUTS:
             raise SpecError(f"linked_packet: layout must be auto, {' or '.join(LAYOUTS)}, not {layout!r}.")
         if wrapper.links is None:
-            raise WrapperError(
-                "this wrapper holds no link vectors: use kv_packet, or train some: kvilt train linked-packet."
-            )
+            raise WrapperError("this wrapper holds no link vectors: use kv_packet, or kvilt train linked-packet.")
         if trained and layout != trained:
             raise WrapperError(f"this wrapper was trained for layout={trained}, not layout={layout}.")
         links = tuple(wrapper.link_ids().tolist())

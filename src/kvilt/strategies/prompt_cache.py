@@ -36,9 +36,7 @@ class PromptCache(Plain):
         intervals = self._intervals(prompt)
         for document, (start, length) in zip(prompt.documents, intervals, strict=True):
             if length is not None and document.length > length:
-                raise PromptError(
-                    f"prompt_cache: a document of {document.length} tokens does not fit its {length} positions."
-                )
+                raise PromptError(f"prompt_cache: {document.length} tokens do not fit a place of {length} positions.")
             layout.reuse(document, at=None if start is None else prompt.system.length + start)
         return layout.ask().plan()
 
@@ -52,17 +50,15 @@ class PromptCache(Plain):
         unknown = [n for n in prompt.names if n not in modules]
         if unknown:
             raise PromptError(
-                f"prompt_cache: schema {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}."
+                f"prompt_cache: {self.schema} has no module {unknown[0]!r}. Modules: {', '.join(modules)}."
             )
         twice = [n for n in dict.fromkeys(prompt.names) if prompt.names.count(n) > 1]
         if twice:
             raise PromptError(f"prompt_cache: module {twice[0]!r} stands twice in the prompt: it has one place alone.")
         chosen = {modules[n][0]: n for n in prompt.names}
         for name in prompt.names:
-            if chosen[modules[name][0]] != name:
-                raise PromptError(
-                    f"prompt_cache: {chosen[modules[name][0]]!r} and {name!r} are alternatives of one union: choose one."
-                )
+            if (other := chosen[modules[name][0]]) != name:
+                raise PromptError(f"prompt_cache: {other!r} and {name!r} are alternatives of one union: choose one.")
         return [modules[n] for n in prompt.names]
 
 

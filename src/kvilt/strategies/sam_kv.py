@@ -41,9 +41,8 @@ class SamKV(Plain):
 
     def __post_init__(self) -> None:
         if self.init < 0 or self.local < 1 or self.block < 1:
-            raise SpecError(
-                f"sam_kv wants init >= 0, local >= 1 and block >= 1, not {self.init}, {self.local}, {self.block}."
-            )
+            given = f"{self.init}, {self.local}, {self.block}"
+            raise SpecError(f"sam_kv wants init >= 0, local >= 1 and block >= 1, not {given}.")
         if self.update not in UPDATES:
             raise SpecError(f"option update wants {' or '.join(UPDATES)}, not {self.update!r}.")
         if not 0 < self.theta <= 1 or not 0 <= self.most <= 1:

@@ -48,15 +48,11 @@ class Wrapper:
     def check(self, info: ModelInfo) -> Wrapper:
         """Raise WrapperError unless these vectors belong to the model."""
         if self.header.shape[-1] != info.hidden_size:
-            raise WrapperError(
-                f"this wrapper holds vectors of {self.header.shape[-1]} channels, the model has {info.hidden_size}: "
-                "it was trained for another model."
-            )
+            widths = f"{self.header.shape[-1]} channels, the model has {info.hidden_size}"
+            raise WrapperError(f"this wrapper was trained for another model: its vectors have {widths}.")
         if self.model and self.model != info.digest:
-            raise WrapperError(
-                f"this wrapper was trained for weights {self.model[:16]}, this model's are {info.digest[:16]}. "
-                "Use the model it was trained on, or train one: kvilt train packet."
-            )
+            weights = f"{self.model[:16]}, this model's are {info.digest[:16]}"
+            raise WrapperError(f"this wrapper was trained for weights {weights}. Train one: kvilt train packet.")
         if "std" in self.metadata:  # published: the embeddings that its vectors were drawn like
             (mean, std), trained = info.embedding_stats, self.metadata.get("trained_on") or "another model"
             own = float(self.metadata["mean"]), float(self.metadata["std"])
@@ -71,11 +67,7 @@ class Wrapper:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; metadata holds the model's digest."""
-        tensors = {
-            "header": self.header,
-            "trailer": self.trailer,
-            **({} if self.links is None else {"links": self.links}),
-        }
+        tensors = {n: t for n in ("header", "trailer", "links") if (t := getattr(self, n)) is not None}
         metadata = {**self.metadata, "format": FORMAT, "model": self.model}
         save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, str(path), metadata)
 

@@ -51,9 +51,7 @@ class QueryLoRA(Strategy):
         """Load what is named, and check that it was trained for this model."""
         at = beside(self.adapter, info, "query.safetensors")
         if not at:
-            raise SpecError(
-                "query_lora needs an adapter that questions are computed with: query_lora:adapter=FILE (LoRA)."
-            )
+            raise SpecError("query_lora needs an adapter for questions: query_lora:adapter=FILE (LoRA).")
         reader = files.check(files.load(at), at, info)
         return replace(self, reader=reader, encoding=_encoding(self.writer, self.wrapper, info))
 
