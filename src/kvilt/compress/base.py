@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
 from kvilt import registry
 from kvilt.errors import SpecError
 from kvilt.rows.codec import Codec, QuantisedRows
-from kvilt.types import Document, DocumentCache
+from kvilt.rows.rows import whole
+from kvilt.types import Document, DocumentCache, Rows, cached
 
 KINDS = ("text", "rows", "numbers")  # in the order in which they are applied
 
@@ -27,6 +28,11 @@ class Made:
     attention: Callable[..., Tensor]  # `ModelProbe.attention`: what each row of a plan gets, (layers, rows)
     tokenize: Callable[[str], Tensor]
     context: int  # positions that the model has
+
+    @cached
+    def rows(self) -> Tensor:
+        """All keys (without rotation) and values, (layers, 2, heads, rows, head_dim)."""
+        return whole(cast(Rows, self.cache.rows))
 
 
 class Shortener(Protocol):

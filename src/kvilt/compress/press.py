@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from kvilt.compress.base import Made
 from kvilt.errors import DocumentError, SpecError
 from kvilt.plan import Plan, Segment
-from kvilt.rows.rows import TensorRows, whole
+from kvilt.rows.rows import TensorRows
 from kvilt.types import DocumentCache, digest_of
 
 RIDGE = 0.01  # of the mean eigenvalue: with fewer rows than channels every plain leverage score would be 1
@@ -52,19 +52,8 @@ class Press(ABC):
         fixed = ~own | (places < first + max(self.sinks, made.title))
         count = int((~own).sum()) + max(int((fixed & own).sum()), math.ceil(self.keep * int(own.sum())))
         worth = self.scores(made).double().masked_fill(fixed, torch.inf)
-        return pruned(cache, worth.argsort(descending=True, stable=True)[:count].sort().values)
-
-
-def pruned(cache: DocumentCache, rows: Tensor) -> DocumentCache:
-    """A cache with some of its rows alone, (kept,) ascending."""
-    return replace(cache, offsets=cache.offsets[rows], rows=TensorRows(rows_of(cache)[..., rows, :]))
-
-
-def rows_of(cache: DocumentCache) -> Tensor:
-    """All keys (without rotation) and values of a cache, (layers, 2, heads, rows, head_dim)."""
-    if cache.rows is None:
-        raise ValueError("a document that was tokenised only has no rows to drop")
-    return whole(cache.rows)
+        best = worth.argsort(descending=True, stable=True)[:count].sort().values  # (kept,) ascending
+        return replace(cache, offsets=places[best], rows=TensorRows(made.rows[..., best, :]))
 
 
 class PerLayer(Press):
@@ -76,8 +65,8 @@ class PerLayer(Press):
 
     def scores(self, made: Made) -> Tensor:
         """The mean over layers and heads."""
-        rows = rows_of(made.cache).float()
-        return torch.stack([self.worth(keys, values, made).double().mean(0) for keys, values in rows]).mean(0)
+        layers = made.rows.float()
+        return torch.stack([self.worth(keys, values, made).double().mean(0) for keys, values in layers]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -142,8 +131,7 @@ class KVzip(Press):
         for chunk in torch.split(cache.own_tokens, room):
             again = Segment(torch.cat([asked, chunk]), cache.length, name="repetition")
             plan = Plan((Segment(cache.placed_tokens, 0, cache, name="document"), again), cache.length)
-            assert cache.rows is not None
-            seen = made.attention(plan, range(cache.rows.shape[0]), "max", len(chunk) + 1)
+            seen = made.attention(plan, range(len(made.rows)), "max", len(chunk) + 1)
             worth = torch.maximum(worth, seen[:, : len(worth)].amax(0))
         return worth
 

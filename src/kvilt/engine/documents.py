@@ -87,20 +87,17 @@ def _is_document(path: str) -> bool:
 
 
 def _file(path: str) -> Found:
+    kind = path.lower().rpartition(".")[2]
     try:
         if not os.path.isfile(path):  # a pipe would be waited for without end
             raise DocumentError(f"{path} is no regular file.")
         text, name = _decode(Path(path).read_bytes(), path), name_of(path)
-        if not path.lower().endswith(".jsonl"):
-            title, text = _heading(text) if path.lower().endswith(".md") else (None, text)
-            yield _document(text, title, name, path)
+        title, text = _heading(text) if kind == "md" else (None, text)
+        return _lines(text, name) if kind == "jsonl" else iter([_document(text, title, name, path)])
     except OSError as error:
-        yield DocumentError(f"cannot read {path}: {error.strerror}.")
+        return iter([DocumentError(f"cannot read {path}: {error.strerror}.")])
     except DocumentError as error:
-        yield error
-    else:
-        if path.lower().endswith(".jsonl"):
-            yield from _lines(text, name)
+        return iter([error])
 
 
 def _stdin(data: bytes) -> Found:

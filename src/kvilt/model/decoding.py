@@ -27,16 +27,9 @@ IDS = (
     "suppress_tokens",
     "begin_suppress_tokens",
 )
-SERVED = (  # every other option wants another loop, another cache or several rows per prompt
-    *("top_k", "stop_strings", "max_time", "min_new_tokens", "bad_words_ids", "sequence_bias"),
-    *(
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "watermarking_config",
-    ),
-    *(*FLOATS, *SWITCHES, *IDS),
-)
+REPEATS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
+LENGTHS = ("max_time", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings", "watermarking_config")
+SERVED = ("top_k", *REPEATS, *LENGTHS, *FLOATS, *SWITCHES, *IDS)  # others want another loop or several rows per prompt
 OFF = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "use_cache": True}
 INSTEAD = {"max_length": " Use max_new_tokens.", "min_length": " Use min_new_tokens."}
 MOST = {"seed": 1 << 63} | dict.fromkeys(SHARES, 1)  # the largest value, where it is not 2 ** 31

@@ -44,7 +44,13 @@ class BufferPool:
     @contextmanager
     def lend(self, rows: int) -> Iterator[Tensor]:
         """A buffer (layers, 2, heads, >= rows, head_dim) with undefined content, until the block ends."""
-        buffer = self._take(rows)
+        with self._lock:
+            buffer, self._free = self._free, None
+        if buffer is None or buffer.shape[3] < rows:
+            del buffer  # before the larger one is made: two placed caches at once would double the peak
+            s, rows = self.shape, -(-rows // ROOM_STEP) * ROOM_STEP
+            with torch.inference_mode(False):  # a buffer born in inference mode could never be filled outside it
+                buffer = torch.empty(s.layers, 2, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
         try:
             yield buffer
         finally:
@@ -56,16 +62,6 @@ class BufferPool:
         """Free the kept buffer."""
         with self._lock:
             self._free = None
-
-    def _take(self, rows: int) -> Tensor:
-        with self._lock:
-            kept, self._free = self._free, None
-        if kept is not None and kept.shape[3] >= rows:
-            return kept
-        del kept  # before the larger one is made: two placed caches at once would double the peak
-        s, rows = self.shape, -(-rows // ROOM_STEP) * ROOM_STEP
-        with torch.inference_mode(False):  # a buffer born in inference mode could never be filled outside it
-            return torch.empty(s.layers, 2, s.heads, rows, s.head_dim, dtype=s.dtype, device=s.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +125,8 @@ class PlacedCache(Cache):
         self._plan: Plan | None = plan
         self._ready = 0  # layers that are placed
         self._loader: Loader | None = None
-        rows = plan.computed_rows
-        first = int(rows[0])
-        contiguous = int(rows[-1]) - first + 1 == len(rows)
-        self._rows: slice | Tensor = slice(first, first + len(rows)) if contiguous else rows.to(buffer.device)
+        rows, first, end = plan.computed_rows, int(plan.computed_rows[0]), int(plan.computed_rows[-1]) + 1
+        self._rows: slice | Tensor = slice(first, end) if end - first == len(rows) else rows.to(buffer.device)
         self.attention = self._attention(plan)
         self.reader = plan.reader
         self._blended = None if plan.blended is None else plan.blended[:, None].to(buffer.device)  # (computed, 1)
@@ -231,10 +225,6 @@ class PlacedCache(Cache):
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         """Unused: masks are made from the plan."""
         return self.length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Rows the buffer has room for."""
-        return self.capacity
 
     def taken(self, segment: Segment, base: int, layers: int, key: CacheKey) -> DocumentCache:
         """What the lowest layers now hold for a segment, as a cache of its own."""

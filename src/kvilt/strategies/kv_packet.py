@@ -22,9 +22,7 @@ class KVPacket(Strategy):
         """Load the wrapper (default: a file beside the model) and check that it was trained for this model."""
         at = beside(self.wrapper, info, self.default)
         if not at:
-            raise SpecError(
-                f"{self} needs trained vectors: wrapper=FILE. Train them: kvilt train packet or kvilt train linked-packet."
-            )
+            raise SpecError(f"{self} needs vectors (wrapper=FILE): kvilt train packet or kvilt train linked-packet.")
         return self.holding(Wrapper.load(at).check(info))
 
     def holding(self, wrapper: Wrapper) -> Self:
