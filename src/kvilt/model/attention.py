@@ -83,14 +83,8 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scali
     for first in range(0, query.shape[2], BLOCK):
         part = allowed[first : first + BLOCK]
         end = int(part.any(0).nonzero()[-1]) + 1
-        out[:, :, first : first + BLOCK] = scaled_dot_product_attention(
-            query[:, :, first : first + BLOCK],
-            key[:, :, :end],
-            value[:, :, :end],
-            attn_mask=part[None, None, :, :end],
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        some, mask = query[:, :, first : first + BLOCK], part[None, None, :, :end]
+        out[:, :, first : first + BLOCK] = ordinary(some, key[:, :, :end], value[:, :, :end], mask, scaling)
     return out
 
 

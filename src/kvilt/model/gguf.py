@@ -82,9 +82,7 @@ def check(file: Path) -> None:
         raise ModelError(f"{file} is not a readable GGUF file, or it was cut off: {_line(error)}.") from error
     if max(ends, default=0) > file.stat().st_size or not ends:
         raise ModelError(f"{file} was cut off: {file.stat().st_size} of {max(ends, default=0)} bytes are there.")
-    scaled = [
-        name for name in reader.fields if ".rope.scaling." in name and not name.endswith("original_context_length")
-    ]
+    scaled = [n for n in reader.fields if ".rope.scaling." in n and not n.endswith("original_context_length")]
     scaled += [t.name for t in reader.tensors if t.name.startswith("rope_")]
     if scaled:  # transformers leaves them out and would rotate keys in another way
         raise ModelError(f"{file} scales its rotation ({scaled[0]}), which transformers does not read from GGUF files.")

@@ -217,9 +217,8 @@ def _look(tensors: Iterable[tuple[str, Tensor, str]]) -> list[object]:
         if not owner:
             plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() > 0
             some = t.flatten()[:: max(1, t.numel() // SAMPLE)] if plain else t.new_empty(0)
-            marks.append(
-                (t.data_ptr() if plain else id(t), t.shape, 0 if t.is_inference() else t._version, some.tolist())
-            )
+            where, written = t.data_ptr() if plain else id(t), 0 if t.is_inference() else t._version
+            marks.append((where, t.shape, written, some.tolist()))
     return marks
 
 

@@ -80,9 +80,8 @@ class Codec(ABC):
         size = self.block or max(count, 1)
         if short := -count % size:
             last = rows.narrow(axis, count - 1, 1)
-            rows = torch.cat(
-                [rows, last.expand([short if i == rows.dim() + axis else n for i, n in enumerate(rows.shape)])], axis
-            )
+            filling = [short if i == rows.dim() + axis else n for i, n in enumerate(rows.shape)]
+            rows = torch.cat([rows, last.expand(filling)], axis)
         return torch.unflatten(rows, axis, (-(-count // size), size))
 
     def _join(self, blocks: Tensor, axis: int, count: int) -> Tensor:
