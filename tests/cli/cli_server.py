@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 import kvilt.cli
 import kvilt.cli.app
-import kvilt.cli.work
+import kvilt.engine.documents
+import kvilt.engine.engine
 import kvilt.stores.disk
 
 LOADED = (torch, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast)

@@ -15,7 +15,7 @@ import kvilt
 from cli_kit import data, run
 from kvilt import registry
 from kvilt.check import gates
-from kvilt.cli.several import spread
+from kvilt.cli.options import spread
 from kvilt.strategies.base import Plain
 
 

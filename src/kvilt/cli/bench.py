@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Option
 
 from kvilt.cli import talk
-from kvilt.cli.options import Loaded, Output, verb
+from kvilt.cli.options import Loaded, Output, group, verb
 from kvilt.errors import UserError
 
 if TYPE_CHECKING:
     from kvilt.lab.bench.subject import Subject
 
-app = typer.Typer(
-    help="Measure time to first token, decoding, encoding, memory and compression.", rich_markup_mode=None
-)
+app = group("Measure time to first token, decoding, encoding, memory and compression.")
 STRATEGIES = ["block", "kv_packet:wrapper=WRAPPER", "kvlink:links=5"]
 
 Shape = Annotated[str, Option(help="Shape of a randomly initialised model: llama-1b, llama-8b, llama-30m.")]
@@ -49,7 +47,7 @@ def ttft(
     chosen = strategy or (["block"] if options.model else STRATEGIES)
     counts = [int(n) for n in documents.split(",")]
     result = bench.run(_subject(options, shape, docs), counts, chosen, repeats, talk.say, keep, compress)
-    _finish("ttft", result, out, options.json, bench.table(result))
+    _finish("ttft", result, out, "" if options.json else bench.table(result))
     if out:
         bench.plot(result, out / "ttft.png")
 
@@ -62,9 +60,8 @@ def decode(
     """Tokens per second after reuse, beside transformers' generate."""
     from kvilt.lab.bench import others
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = others.decoding(_subject(options, shape), Path(folder), documents, tokens, repeats)
-    _finish("decode", result, out, options.json)
+    subject = _subject(options, shape)
+    _measured("decode", out, lambda folder: others.decoding(subject, folder, documents, tokens, repeats))
 
 
 @verb(app)
@@ -72,7 +69,7 @@ def encode(options: Loaded, shape: Shape = "llama-1b", batch: int = 4, repeats: 
     """Encoding speed, beside plain batched prefill."""
     from kvilt.lab.bench import others
 
-    _finish("encode", others.encoding(_subject(options, shape), batch, repeats), out, options.json)
+    _measured("encode", out, lambda _: others.encoding(_subject(options, shape), batch, repeats))
 
 
 @verb(app)
@@ -80,9 +77,7 @@ def memory(options: Output, shape: Shape = "llama-1b", documents: Documents = 10
     """Peak memory of one answer in a fresh process."""
     from kvilt.lab.bench import others
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = others.memory(shape, Path(folder), documents)
-    _finish("memory", result, out, options.json)
+    _measured("memory", out, lambda folder: others.memory(shape, folder, documents))
 
 
 @verb(app)
@@ -93,11 +88,13 @@ def compression(
     """Bytes per token, relative errors of keys and values, and load time of each compression."""
     from kvilt.lab.bench import others
 
-    subject = _subject(options, shape, docs)
-    with tempfile.TemporaryDirectory() as folder:
-        specs = compress or ["int8", "int4", "fp8"]
-        result = others.compression(subject, subject.texts[:documents], specs, Path(folder), repeats)
-    _finish("compression", {"model": subject.name, **result}, out, options.json)
+    subject, specs = _subject(options, shape, docs), compress or ["int8", "int4", "fp8"]
+
+    def measured(folder: Path) -> dict[str, Any]:
+        rows = others.compression(subject, subject.texts[:documents], specs, folder, repeats)
+        return {"model": subject.name, **rows}
+
+    _measured("compression", out, measured)
 
 
 def _subject(options: Loaded, shape: str, docs: list[str] | None = None) -> Subject:
@@ -109,11 +106,18 @@ def _subject(options: Loaded, shape: str, docs: list[str] | None = None) -> Subj
     return subject.named_subject(options.model, options.read(docs or []), options.dtype, options.device)
 
 
-def _finish(name: str, result: dict[str, Any], out: Path | None, as_json: bool, table: str | None = None) -> None:
+def _measured(name: str, out: Path | None, measure: Callable[[Path], dict[str, Any]]) -> None:
+    """Show what is measured with a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        _finish(name, measure(Path(folder)), out)
+
+
+def _finish(name: str, result: dict[str, Any], out: Path | None, table: str = "") -> None:
+    """Print a result, as a table if there is one and else as JSON, and write it down."""
     from kvilt.lab.bench.timing import machine
 
     text = json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1)
-    print(text if as_json or table is None else table)
+    print(table or text)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.json").write_text(text + "\n")

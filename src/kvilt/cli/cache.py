@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Argument, Option
 
 from kvilt.cli import FAILED, show, talk
-from kvilt.cli.options import Stored, verb
+from kvilt.cli.options import Stored, group, verb
 from kvilt.errors import UserError
 from kvilt.rows.files import name_of
 from kvilt.stores.sizes import show_size
@@ -20,17 +19,12 @@ if TYPE_CHECKING:
 
 SHORTEST = 4  # characters of a key that are worth looking up
 
-app = typer.Typer(help="Look at a store and tidy it.", rich_markup_mode=None)
+app = group("Look at a store and tidy it.")
 
 Key = Annotated[str, Argument(metavar="KEY", help="Title, or the beginning of a key.")]
 Keys = Annotated[list[str] | None, Argument(metavar="[KEYS...]", help="Titles, or beginnings of keys.")]
-Variant = Annotated[
-    str,
-    Option(
-        "--variant",
-        help="Where a title is stored several times: which dtype, encoding, compression or namespace, or all.",
-    ),
-]
+VARIANT = "Where a title is stored several times: which dtype, encoding, compression or namespace, or all."
+Variant = Annotated[str, Option(help=VARIANT)]
 Everything = Annotated[bool, Option("--all", help="All of them; with --namespace all of those.")]
 
 

@@ -7,28 +7,25 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
-import typer
 from typer import Argument, Option
 
 from kvilt import registry
 from kvilt.cli import show, talk
-from kvilt.cli.options import Loaded, Output, verb
+from kvilt.cli.options import Loaded, Output, group, verb
 from kvilt.errors import UserError
 
 if TYPE_CHECKING:
     from kvilt.lab.evaluate.tasks.base import Task
 
-app = typer.Typer(help="Measure answer quality and fidelity on datasets.", rich_markup_mode=None)
-calibrating = typer.Typer(help="Fit a method's settings to your model and documents.", rich_markup_mode=None)
+app = group("Measure answer quality and fidelity on datasets.")
+calibrating = group("Fit a method's settings to your model and documents.")
 
 TaskName = Annotated[
     str, Argument(metavar="TASK", help="Task with options (kvilt list task): nq:path=FILE,documents=20.")
 ]
 Out = Annotated[Path, Option("--out", "-o", help="Folder of the records; run again with the same one to go on.")]
 Strategies = Annotated[list[str] | None, Option("--strategy", "-s", help="Strategies; full is always run.")]
-Compressions = Annotated[
-    list[str] | None, Option("--compress", help="Compressions to run every strategy with ('' is none).")
-]
+Compressions = Annotated[list[str] | None, Option(help="Compressions to run every strategy with ('' is none).")]
 Store = Annotated[str, Option("--store", envvar="KVILT_STORE", help="Where caches are kept.")]
 Limit = Annotated[int | None, Option("--limit", min=1, help="Samples (default: all).")]
 Seed = Annotated[int, Option("--seed", help="Of the draw, and of the documents' order.")]
@@ -38,9 +35,7 @@ By = Annotated[str | None, Option("--by", help="Split by position, hops, kind or
 Plot = Annotated[bool, Option("--plot/--no-plot", help="Draw quality over compute and over TTFT.")]
 Docs = Annotated[list[str], Argument(metavar="DOCS...", help=".txt, .md or .jsonl files, or folders of them.")]
 Profile = Annotated[Path, Option("--out", "-o", help="The profile, a JSON file.")]
-Questions = Annotated[
-    Path | None, Option("--questions", help="Text file, one question a line (default: made up from the documents).")
-]
+Questions = Annotated[Path | None, Option(help="Text file, one question a line (default: made up from the documents).")]
 Prompts = Annotated[int, Option("--prompts", min=1, help="Make up this many.")]
 Group = Annotated[int, Option("--group", min=1, help="Documents in a prompt.")]
 

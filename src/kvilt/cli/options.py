@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 from typer import Option
+from typer.core import TyperCommand
 
 from kvilt import registry
 from kvilt.cli import talk
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 SHOWN = 3  # skipped files named one by one
+OF_SEVERAL = {"--docs", "-d", "--pick"}  # options that take several values, as in `--docs *.txt`
 
 Verb = Callable[..., int | None]
 _opened: list[Store] = []  # by the verb that runs
@@ -60,7 +62,7 @@ class Stored(Output):
     """A verb on a store."""
 
     store: str = option(
-        "disk", "--store", envvar="KVILT_STORE", help="Where caches are kept: memory, disk or tiered, with options."
+        "disk", envvar="KVILT_STORE", help="Where caches are kept: memory, disk or tiered, with options."
     )
     namespace: str | None = option(None, "--namespace", help="Whose documents (of a store that many share).")
 
@@ -112,9 +114,7 @@ class Run(Loaded, Stored):
     strategy: str = option(
         registry.DEFAULT, "--strategy", "-s", help="How caches are reused (kvilt list strategy): kvlink:links=5."
     )
-    compress: str = option(
-        "", "--compress", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8."
-    )
+    compress: str = option("", metavar="SPEC", help="Make caches smaller (kvilt list compress): keydiff:keep=0.5+int8.")
 
     def engine(self, *, without_store: bool = False, in_memory: bool = False) -> Engine:
         """The engine. `without_store` makes do without one that cannot be opened, `in_memory` leaves the user's alone."""
@@ -136,8 +136,14 @@ class Run(Loaded, Stored):
 
 @dataclass(frozen=True)
 class Answering:
-    """How an answer is generated and given; greedy unless a temperature or a top-p is given."""
+    """What is asked about, and how an answer is generated and given; greedy unless a temperature or a top-p is given."""
 
+    docs: list[str] | None = option(  # noqa: RUF009 - a field
+        None, "--docs", "-d", metavar="PATH...", help="Documents, as for encode; takes several."
+    )
+    pick: list[str] | None = option(  # noqa: RUF009 - a field
+        None, metavar="ID...", help="Ids of those to use, in order; takes several."
+    )
     max_new_tokens: int = option(128, "--max-new-tokens", min=1, help="Longest answer.")
     temperature: float | None = option(None, "--temperature", min=0, help="Sample; 0 is greedy.")
     top_p: float | None = option(None, "--top-p", min=0, max=1, help="Sample from the likeliest tokens.")
@@ -159,6 +165,11 @@ def utf8(text: str, what: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{what} is not UTF-8: check the terminal's encoding.")
     return text
+
+
+def group(about: str) -> typer.Typer:
+    """Verbs that belong together, with what they are about."""
+    return typer.Typer(help=about, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def verb(app: typer.Typer, name: str | None = None, **settings: Any) -> Callable[[Verb], Verb]:
@@ -201,3 +212,27 @@ def _fields(group: Any) -> list[inspect.Parameter]:
     names = [name for cls in group.__mro__ if dataclasses.is_dataclass(cls) for name in cls.__annotations__]
     kinds = [(name, Annotated[hints[name], fields[name].metadata["option"]]) for name in names]
     return [inspect.Parameter(n, KEYWORD, default=fields[n].default, annotation=kind) for n, kind in kinds]
+
+
+def spread(arguments: Sequence[str]) -> Iterator[str]:
+    """Repeat an option before each of its values: `--docs a b` becomes `--docs a --docs b`."""
+    option, taken = "", False
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            yield from arguments[position:]
+            return
+        named = argument.startswith("-") and argument != "-"
+        if named:
+            option = argument if argument in OF_SEVERAL else ""
+        elif option and taken:
+            yield option
+        yield argument
+        taken = not named
+
+
+class Several(TyperCommand):
+    """A command in which the options OF_SEVERAL take several values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse with repeated options written out."""
+        return super().parse_args(ctx, list(spread(args)))

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-import typer
 from typer import Argument, Option
 
 from kvilt import registry
 from kvilt.cli import show, talk
-from kvilt.cli.options import Loaded, verb
+from kvilt.cli.options import Loaded, group, verb
 from kvilt.errors import TrainError
 
 if TYPE_CHECKING:
     from kvilt.lab.train.data import Sample, Source
     from kvilt.lab.train.loop import Progress
 
-app = typer.Typer(
-    help="Train vectors for a frozen model (packet, linked-packet), or the model itself (kvlink).",
-    rich_markup_mode=None,
-)
+app = group("Train vectors for a frozen model (packet, linked-packet), or the model itself (kvlink).")
 Config = TypeVar("Config")
 
 Data = Annotated[
@@ -56,7 +53,7 @@ def kvlink(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, sett
     config = configured(KVLinkConfig, [*own, *(setting or [])])
     talk.silence_libraries(options.verbose, options.quiet)
     with talk.meter("training") as meter:
-        tell = Told(meter)
+        tell = functools.partial(_told, meter)
         path = train_kvlink(name, weighted(sources, MIXTURE), config, out, tests, tell, options.device)
     show.out(options.json, {"checkpoint": str(path)}, [f"checkpoint: {path}"])
 
@@ -69,7 +66,7 @@ def _wrapper(
     config, (sources, tests) = configured(PacketConfig, settings), _sources(data, held_out)
     engine = options.load("block")
     with talk.meter("training") as meter:
-        made = train_packet(engine, sources, config, out, tests, Told(meter))
+        made = train_packet(engine, sources, config, out, tests, functools.partial(_told, meter))
     best = json.loads(made.metadata["best"])
     lines = [f"wrapper: {out / WRAPPER}", *(f"best {name}: {value}" for name, value in best.items())]
     show.out(options.json, {"wrapper": str(out / WRAPPER), "best": best}, lines)
@@ -92,15 +89,9 @@ def configured(cls: type[Config], settings: Sequence[str]) -> Config:
     return cls(**given)
 
 
-class Told:
-    """Tells a meter how far a training is, and about how long it will take."""
-
-    def __init__(self, meter: talk.Meter) -> None:
-        self.meter = meter
-
-    def __call__(self, p: Progress) -> None:
-        """Hear of a step, or of a part of what comes before the first."""
-        left = "" if p.left != p.left else f", about {talk.span(p.left)} left in all"
-        loss = "" if p.loss != p.loss else f", loss {p.loss:.4f}"
-        held_out = "" if p.held_out is None else f"; held out, at best step {p.best_step}: {p.held_out}"
-        self.meter(p.step, p.step, f"{p.stage} {p.step:,} of {p.steps:,}{left}{loss}{held_out}")
+def _told(meter: talk.Meter, p: Progress) -> None:
+    """How far a training is, and about how long it will take."""
+    left = "" if p.left != p.left else f", about {talk.span(p.left)} left in all"
+    loss = "" if p.loss != p.loss else f", loss {p.loss:.4f}"
+    held_out = "" if p.held_out is None else f"; held out, at best step {p.best_step}: {p.held_out}"
+    meter(p.step, p.step, f"{p.stage} {p.step:,} of {p.steps:,}{left}{loss}{held_out}")

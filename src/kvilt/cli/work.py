@@ -1,4 +1,4 @@
-"""What `kvilt encode` and `kvilt ask` do, between reading and showing."""
+"""`kvilt encode`, `kvilt ask` and `kvilt vllm`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,60 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from typer import Argument, Option
+
+from kvilt import registry
 from kvilt.cli import USER, show, talk
-from kvilt.cli.options import Answering, Run, Stored, utf8
-from kvilt.engine.encoder import Encoder, Progress
-from kvilt.engine.engine import Engine
+from kvilt.cli.options import Answering, Run, Stored, option, utf8
 from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
-from kvilt.types import Answer, Document
+
+if TYPE_CHECKING:
+    from kvilt.engine.encoder import Progress
+    from kvilt.engine.engine import Engine
+    from kvilt.types import Answer, Document
 
 STDIN = "-"
 
+Docs = Annotated[
+    list[str], Argument(metavar="DOCS...", help=".txt, .md or .jsonl files, folders of them, or - for stdin.")
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
+TimeToLive = Annotated[float | None, Option(help="Seconds until the caches expire.")]
+Question = Annotated[
+    str, Argument(metavar="[QUESTION]", help="What to answer from the documents; - for stdin, one question a line.")
+]
+ServedModel = Annotated[str, Argument(metavar="MODEL", help="Folder or hub name, as for vllm serve.")]
+Rest = Annotated[list[str] | None, Argument(metavar="[OPTIONS OF vllm serve...]", help="For example --port 8001.")]
 
-def encode(options: Run, paths: Sequence[str], dry_run: bool, ttl: float | None) -> int:
-    """Encode what can be encoded; every document that cannot is named, and the exit code says so."""
+
+@dataclass(frozen=True)
+class Served(Stored):
+    """What a server is told."""
+
+    strategy: str = option(registry.DEFAULT, "--strategy", "-s", help="As for encode.")
+    compress: str = option("", metavar="SPEC", help="As for encode.")
+    system: str = option("", help="System text of chats that bring none.")
+    encode: bool = option(False, "--encode", help="Encode documents that are missing, in the background.")
+    print_only: bool = option(False, "--print", help="Print the command instead of running it.")
+
+
+def encode(options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None) -> int:
+    """Encode documents and store their caches. A rerun encodes only what is missing."""
     if ttl is not None and not 0 < ttl < math.inf:
         raise UserError(f"--ttl {ttl:g}: a number of seconds above 0.")
-    bad: list[str] = []
-    documents = options.read(paths, lambda error: bad.append(str(error)))
+    bad: list[str] = []  # every document that cannot be encoded is named, and the exit code says so
+    documents = options.read(docs, lambda error: bad.append(str(error)))
     if bad and not documents:
         raise DocumentError(f"nothing to encode: {' '.join(bad)}")
-    encoder = _encoder(options.engine(), ttl)
+    engine = options.engine()
+    if engine.strategy.encoding is None:
+        talk.warn("this strategy reuses nothing: documents are encoded for the plain ones (block, naive, ...).")
+    encoder = engine.encoder if ttl is None else dataclasses.replace(engine.encoder, ttl=ttl)
     with talk.meter("encoding") as meter:
         tell = functools.partial(_told, meter)
         report = encoder.dry_run(documents) if dry_run else encoder.encode(documents, tell, keep_going=True)
@@ -40,31 +71,24 @@ def encode(options: Run, paths: Sequence[str], dry_run: bool, ttl: float | None)
     return USER if report.failed else 0
 
 
-def _encoder(engine: Engine, ttl: float | None) -> Encoder:
-    if engine.strategy.encoding is None:
-        talk.warn("this strategy reuses nothing: documents are encoded for the plain ones (block, naive, ...).")
-    return engine.encoder if ttl is None else dataclasses.replace(engine.encoder, ttl=ttl)
-
-
 def _told(meter: talk.Meter, p: Progress) -> None:
     speed = f"{p.tokens / max(p.seconds, 1e-9):,.0f} tokens/s"
     meter(p.tokens, p.total_tokens, f"{p.done:,} of {p.total:,} documents stored, {speed}")
 
 
-def ask(options: Run, answering: Answering, question: str, paths: Sequence[str], ids: Sequence[str]) -> int:
-    """Answer one question, or every line of standard input in order."""
+def ask(answering: Answering, options: Run, question: Question = STDIN) -> int:
+    """Answer a question over documents, reusing their caches."""
+    paths, many = answering.docs or [], question == STDIN
     _check(question, paths, options.json, answering)
-    documents = _choose(options.read(paths), ids)
-    engine = options.engine(without_store=True)
-    if question != STDIN:
-        _answer(engine, question, documents, options.json, answering)
-        return 0
-    failed = 0
-    for asked in _lines():
+    documents = _choose(options.read(paths), answering.pick or [])
+    engine, failed = options.engine(without_store=True), 0
+    for asked in _lines() if many else [question]:
         try:
-            _answer(engine, asked, documents, options.json, answering, many=True)
-        except PromptError as error:  # the next one may be answered
-            failed += 1
+            _answer(engine, asked, documents, options.json, answering, many)
+        except PromptError as error:
+            if not many:
+                raise
+            failed += 1  # the next one may be answered
             talk.fail(f"{asked!r}: {error}")
             show.out(options.json, {"question": asked, "error": str(error)}, [""])
         sys.stdout.flush()
@@ -113,7 +137,7 @@ def _named(documents: list[Document], wanted: str) -> Document:
 
 
 def _answer(
-    engine: Engine, question: str, documents: list[Document], as_json: bool, wanted: Answering, many: bool = False
+    engine: Engine, question: str, documents: list[Document], as_json: bool, wanted: Answering, many: bool
 ) -> None:
     give = functools.partial(_streamed, engine) if wanted.stream else engine.answer
     answer = give(question, documents, **wanted.settings())
@@ -133,12 +157,11 @@ def _answer(
 
 def _streamed(engine: Engine, question: str, documents: list[Document], **settings: Any) -> Answer:
     """The answer, printed while it is generated."""
-    for piece in engine.stream(question, documents, **settings):
-        if isinstance(piece, Answer):
-            print()
-            return piece
+    pieces = engine.stream(question, documents, **settings)
+    while isinstance(piece := next(pieces), str):
         print(_terminal(piece), end="", flush=True)
-    raise AssertionError("a stream ends with its answer")
+    print()
+    return piece
 
 
 def _terminal(text: str) -> str:
@@ -157,15 +180,16 @@ def _write_logits(answer: Answer, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 
-def serve(options: Stored, model: str, rest: Sequence[str], wanted: dict[str, Any], print_only: bool) -> int:
-    """Print the `vllm serve` line for a checkpoint, and become it."""
+def vllm(options: Served, model: ServedModel, rest: Rest = None) -> int:
+    """Serve documents in any order with vLLM. Options that Kvilt does not know go to `vllm serve`."""
     from kvilt.integrations.vllm import launch
     from kvilt.integrations.vllm.deployment import Settings
 
-    settings = Settings(store=options.store, namespace=options.namespace or Settings.namespace, **wanted)
-    line, environment = launch.command(model, settings, rest)
+    wanted = {name: getattr(options, name) for name in ("store", "strategy", "compress", "system", "encode")}
+    settings = Settings(namespace=options.namespace or Settings.namespace, **wanted)
+    line, environment = launch.command(model, settings, rest or [])
     show.out(options.json, {"command": line, "environment": environment}, [launch.shown(line, environment)])
     sys.stdout.flush()
-    if not print_only:
+    if not options.print_only:
         launch.run(line, environment)
     return 0
