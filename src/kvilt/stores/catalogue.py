@@ -92,9 +92,8 @@ class Catalogue(Database, BlobStore):
         if made:
             self._grant -= entry.bytes
             self._pending[key] = entry
-        if made and asked:
-            with contextlib.suppress(StoreUnavailable):  # it is entered with the next one
-                self.write(lambda _: None, MOMENT)
+            if asked:
+                self._enter_pending()
         return made
 
     def write(self, work: Callable[[sqlite3.Connection], T], patience: float | None = None) -> T:
@@ -120,9 +119,7 @@ class Catalogue(Database, BlobStore):
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work`, which changes nothing, after what is pending was entered. Raises StoreUnavailable."""
-        if self._pending:
-            with contextlib.suppress(StoreUnavailable):
-                self.write(lambda _: None, MOMENT)
+        self._enter_pending()
         return super().read(work)
 
     def delete(self, key: str) -> bool:
@@ -173,9 +170,7 @@ class Catalogue(Database, BlobStore):
     def stats(self) -> StoreStats:
         """Totals since the catalogue was built. Raises StoreUnavailable."""
         names = ("hits", "misses", "evictions", "damaged")
-        (entries, held), *counts = self.read(
-            lambda db: (tables.held(db, ""), *(tables.counter(db, name) for name in names))
-        )
+        entries, held, *counts = self.read(lambda db: [*tables.held(db, ""), *(tables.counter(db, n) for n in names)])
         return StoreStats(entries, held, self._limit(held), *counts)
 
     def pin(self, key: str, pinned: bool) -> None:
@@ -212,6 +207,11 @@ class Catalogue(Database, BlobStore):
         if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
             self._insert(db, self._survey([key for key, _ in self.blobs.list()]))
 
+    def _enter_pending(self) -> None:
+        if self._pending:
+            with contextlib.suppress(StoreUnavailable):  # then with the next ones
+                self.write(lambda _: None, MOMENT)
+
     def _drop(self, key: str) -> bool:
         self.memo.pop(key, None)
         return self.blobs.delete(key)
@@ -245,9 +245,8 @@ class Catalogue(Database, BlobStore):
         self._evict(db, entry.bytes, entry.namespace)
         held = tables.held(db, "")[1]
         limit = self._limit(held)
-        self._grant = entry.bytes + (
-            0.0 if self._quota else float("inf") if limit is None else (limit - held) / WRITERS
-        )
+        room = float("inf") if limit is None else (limit - held) / WRITERS
+        self._grant = entry.bytes + (0.0 if self._quota else room)
 
     def _shrink(self, db: sqlite3.Connection) -> int:
         names = db.execute("SELECT namespace FROM totals WHERE bytes > 0 AND namespace != ''").fetchall()

@@ -89,8 +89,8 @@ class Database(ABC):
             except sqlite3.Error as busy:
                 if time.monotonic() >= until:
                     self._stuck |= patience >= self.patience  # who waited for nothing tells all others at once
-                    what = f"another process holds {self.path} and does not let go"
-                    raise StoreUnavailable(f"{what}: end it, or wait until it is done.") from busy
+                    what = f"another process holds {self.path} and does not let go: end it, or wait for it."
+                    raise StoreUnavailable(what) from busy
             time.sleep(random.uniform(0.0, 0.005))
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T], write: bool, again: bool = False) -> T:

@@ -141,9 +141,8 @@ def trouble(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = next(
-            (text for text, codes in _ADVICE.items() if error.errno in codes), "Check the path, or give another."
-        )
+        known = (text for text, codes in _ADVICE.items() if error.errno in codes)
+        advice = next(known, "Check the path, or give another.")
         raise StoreUnavailable(f"{what} at {path}: {error.strerror or error}. {advice}") from error
 
 

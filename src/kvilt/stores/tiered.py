@@ -59,8 +59,7 @@ class TieredBlobs(BlobStore):
         """Which keys the last tier holds; all of them may be, while it cannot be asked."""
         unique = list(dict.fromkeys(check_key(key) for key in keys))
         with contextlib.suppress(StoreUnavailable):
-            there = self.last.contains(unique)
-            return [key for key in unique if key in there]
+            return [*self.last.contains(unique)]
         return unique
 
     def _promoted(self, key: str, blob: Blob, level: int) -> Blob:
