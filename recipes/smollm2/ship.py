@@ -4,6 +4,7 @@ Run: python recipes/smollm2/ship.py TRAINED [PACKAGE], where TRAINED is train.py
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvilt.model import gguf
+from kvilt.model import adapters, gguf, proof
 from kvilt.model.identity import of_file
+from kvilt.model.loading import load_model
 from kvilt.rows import adapter as files
 from kvilt.strategies.kvlink import DESCRIPTION, LinkTokens
 from kvilt.strategies.wrapper import Wrapper
@@ -20,6 +22,7 @@ from kvilt.types import Adapter, digest_of
 
 ALPHA = 32.0  # lean.ALPHA
 HEADER = 8
+TEXT = "Nikola Tesla was born in 1856 in Smiljan.\n\nQuestion: In what year was Nikola Tesla born?\nAnswer:"
 
 
 def adapter_of(trained: dict[str, Tensor], model: str, reader: bool = False) -> Adapter:
@@ -73,6 +76,22 @@ def kvlink(source: Path, to: Path) -> None:
     (to / DESCRIPTION).write_text(LinkTokens(ids, (-1,), (-2,), vectors="links.safetensors").to_json() + "\n")
 
 
+def reference(source: Path, to: Path) -> None:
+    """Write the largest logits of what was trained, before it became int8: the tests hold what ships to them."""
+    tokens: list[int] = []
+    logits = {}
+    for name, file in (("smollm2-qa", "teach"), ("smollm2-kvlink5", "kvlink5")):
+        model, tokenizer = load_model("smollm2", "float32")
+        tokens = tokens or tokenizer.encode(TEXT)
+        adapters.merge(model.hf, adapter_of(load_file(source / f"{file}.safetensors"), ""))
+        last = proof.logits(model.hf, torch.tensor(tokens))[-1]
+        top = last.topk(8)
+        logits[name] = {"top": top.indices.tolist(), "logits": [round(x, 4) for x in top.values.tolist()]}
+        shipped = proof.logits(load_model(name, "float32")[0].hf, torch.tensor(tokens))[-1]
+        print(name, "int8 changes logits by", float((shipped - last).abs().max() / last.abs().max()), "of the largest")
+    to.write_text(json.dumps({"ids": tokens, "logits": logits}) + "\n")
+
+
 def main() -> None:
     """Write everything."""
     source = Path(sys.argv[1])
@@ -86,6 +105,9 @@ def main() -> None:
     for stage in ("packet", "linked"):
         wrapper_of(part(small, stage), model).save(qa / f"{stage}.safetensors")
     kvlink(source / "kvlink5.safetensors", package / "smollm2-kvlink5")
+    for file in (*qa.iterdir(), *(package / "smollm2-kvlink5").iterdir()):
+        file.chmod(0o644)
+    reference(source, Path(__file__).parents[2] / "tests/builtin/smollm2.json")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store, c
 ForModel = Annotated[
     str | None, Argument(metavar="[MODEL]", help="Say which strategies this model can take, and what others lack.")
 ]
-DemoModel = Annotated[str, Option("--model", "-m", help="Model to show; wrappers and checkpoints ship for builtin.")]
+DemoModel = Annotated[str, Option("--model", "-m", help="Model to show: builtin (a toy), smollm2-qa (real passages).")]
 Asked = Annotated[int, Option("--questions", "-n", min=1, help="Questions to ask.")]
 Picture = Annotated[Path, Option("--out", help="Where the plot goes.")]
 Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")]
@@ -59,7 +59,7 @@ def list_(options: Loaded, kind: Kind = None, for_model: ForModel = None) -> Non
 
 
 @verb(app)
-def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 40, out: Picture = Path("demo.png")) -> None:
+def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 20, out: Picture = Path("demo.png")) -> None:
     """Encode the built-in collection, ask about it with every strategy, and print one table."""
     from kvilt.lab import demo as story
 
@@ -68,6 +68,7 @@ def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 40, o
         rows = story.run(model, questions, meter)
     heads = [story.COLUMNS[0], *(f"{column}>" for column in story.COLUMNS[1:])]
     lines = show.table(heads, map(story.cells, rows))
+    lines += story.examples(model, questions, rows)
     show.out(options.json, [dataclasses.asdict(row) for row in rows], [f"{questions} questions", *lines])
     with contextlib.suppress(MissingExtra):
         story.plot(rows, out)

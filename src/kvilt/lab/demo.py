@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import cast
@@ -18,12 +18,14 @@ from kvilt.lab.evaluate.tasks.base import Sample, Task
 from kvilt.registry import build
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.store import Store
-from kvilt.types import Document, Usage
+from kvilt.types import Answer, Document
 
 UNTRAINED = ["full", "naive", "block:sink=system", "prompt_cache:slot=128", "epic:tokens=8"]
 WRAPPERS = {"kv_packet": "kv_packet:wrapper='{}'", "linked_packet": "linked_packet:wrapper='{}'"}
 CHECKPOINTS = {f"builtin-kvlink{links}": f"kvlink:links={links}" for links in (0, 1, 5)}
+REAL = ["full", "naive", "block:sink=system", "linked_packet", "writer"]  # of smollm2-qa, whose files lie beside it
 COLUMNS = ("strategy", "right", "as full", "reused", "computed", "charged", "TTFT ms", "KB loaded")
+SHOWN = 3  # answers to read
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Row:
     charged: float
     ttft_s: float
     bytes_loaded: float
+    answers: tuple[str, ...] = ()
 
 
 def run(model: str, questions: int, on_progress: Callable[[int, int, str], None]) -> list[Row]:
     """Encode everything, and ask every question with every strategy; full recompute first."""
-    asked, rows = _questions(questions), list[Row]()
+    asked, rows = asked_of(model, questions), list[Row]()
     with tempfile.TemporaryDirectory() as folder, closing(DiskStore(folder)) as store:
-        engines = _engines(model, store, on_progress)
+        engines = _engines(model, store, asked, on_progress)
         reference: list[str] = []
         for number, (name, engine) in enumerate(engines.items()):
             answers = []
@@ -53,20 +56,36 @@ def run(model: str, questions: int, on_progress: Callable[[int, int, str], None]
                 answers.append(engine.answer(s.question, s.documents, max_new_tokens=48))
             texts = [normalise(a.text) for a in answers]
             reference = reference or texts
-            right = [normalise(s.answers[0]) in text for s, text in zip(asked, texts, strict=True)]
+            right = [any(normalise(x) in text for x in s.answers) for s, text in zip(asked, texts, strict=True)]
             same = [text == full for text, full in zip(texts, reference, strict=True)]
-            rows.append(_row(name, right, same, [a.usage for a in answers]))
+            rows.append(_row(name, right, same, answers))
     return rows
 
 
-def _row(name: str, right: Sequence[bool], same: Sequence[bool], usage: Sequence[Usage]) -> Row:
+def examples(model: str, questions: int, rows: Sequence[Row]) -> list[str]:
+    """Some questions, the answers that count as right, and what full recompute and the last strategies said."""
+    lines = []
+    for k, s in enumerate(asked_of(model, questions)[:: max(1, questions // SHOWN)][:SHOWN]):
+        lines += ["", f"{s.question}  ({' / '.join(dict.fromkeys(s.answers))})"]
+        lines += [f"  {r.strategy}: {r.answers[k * max(1, questions // SHOWN)]}" for r in (rows[0], *rows[-2:])]
+    return lines
+
+
+def _row(name: str, right: Sequence[bool], same: Sequence[bool], answers: Sequence[Answer]) -> Row:
     fields = ("reused_tokens", "computed_tokens", "charged", "ttft_s", "bytes_loaded")
-    costs = [median(getattr(u, field) for u in usage) for field in fields]
-    return Row(name, sum(right) / len(right), sum(same) / len(same), *costs)
+    costs = [median(getattr(a.usage, field) for a in answers) for field in fields]
+    texts = tuple(a.text.strip() for a in answers)
+    return replace(Row(name, sum(right) / len(right), sum(same) / len(same), *costs), answers=texts)
 
 
-def _questions(count: int) -> list[Sample]:
-    """The same number of every kind, in a fixed order."""
+def asked_of(model: str, count: int) -> list[Sample]:
+    """The same number of every kind in a fixed order, or of the real questions the first."""
+    if model.startswith("smollm2"):
+        papers = builtin.wikipedia()
+        return [
+            Sample(q["id"], q["question"], tuple(papers[name] for name in q["documents"]), tuple(q["answers"]), {})
+            for q in builtin.wikipedia_questions()[:count]
+        ]
     kinds: dict[str, list[Sample]] = {}
     for sample in cast(Task, build("task", "builtin")).samples():
         kinds.setdefault(sample.metadata["kind"], []).append(sample)
@@ -74,10 +93,14 @@ def _questions(count: int) -> list[Sample]:
     return [s for some in kinds.values() for s in some[:: max(1, len(some) // each)][:each]][:count]
 
 
-def _engines(model: str, store: Store, on_progress: Callable[[int, int, str], None]) -> dict[str, Engine]:
+def _engines(
+    model: str, store: Store, asked: Sequence[Sample], on_progress: Callable[[int, int, str], None]
+) -> dict[str, Engine]:
     """An engine per strategy, documents encoded; trained ones only where what was trained for this model is at hand."""
     first = Engine.load(model, "full", store)
-    engines = {spec: first.with_strategy(spec) for spec in UNTRAINED}
+    real = model.startswith("smollm2")
+    strategies = UNTRAINED if not real else REAL if model == "smollm2-qa" else REAL[:3]
+    engines = {spec: first.with_strategy(spec) for spec in strategies}
     for name, spec in WRAPPERS.items():
         path = builtin.model_path() / f"{name}.safetensors"
         if model == "builtin" and path.is_file():
@@ -85,10 +108,12 @@ def _engines(model: str, store: Store, on_progress: Callable[[int, int, str], No
     for name, spec in CHECKPOINTS.items():
         if model == "builtin" and builtin.model_path().with_name(name.replace("builtin", "model")).is_dir():
             engines[spec] = Engine.load(name, spec, store)
+    if model == "smollm2-qa":
+        engines["kvlink:links=5"] = Engine.load("smollm2-kvlink5", "kvlink:links=5", store)
     for number, (name, engine) in enumerate(engines.items()):
         on_progress(number, len(engines), f"encoding for {name}")
         if engine.strategy.encoding is not None:
-            engine.encode(_encoded())
+            engine.encode(list({d.content: d for s in asked for d in s.documents}.values()) if real else _encoded())
     return engines
 
 
