@@ -9,7 +9,7 @@ import pytest
 import train_kit as kit
 
 from cli_kit import data, error, run
-from kvilt.cli import talk, train
+from kvilt.cli import lab, talk
 from kvilt.lab.train.kvlink import KVLinkConfig
 from kvilt.lab.train.packet import PacketConfig
 from kvilt.strategies.wrapper import Wrapper
@@ -76,7 +76,7 @@ def test_values_of_every_type():
         "schedule=linear",
         "init= She| lives in",
     ]
-    made = train.configured(KVLinkConfig, given)
+    made = lab.configured(KVLinkConfig, given)
     assert (made.checkpointing, made.lr, made.systems) == (True, 0.01, ("a", "b"))
     assert (made.steps, made.schedule, made.init) == (7, "linear", (" She", " lives in"))
 

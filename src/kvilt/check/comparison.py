@@ -18,15 +18,12 @@ from kvilt.types import Document
 REFERENCE = "full"
 REQUEST = "Write one short question that the text above answers. Reply with the question only."
 QUESTION_TOKENS = 32
-SAMPLES = [
-    Document(
-        "The ferry to Hven leaves from Landskrona at a quarter past nine and takes thirty minutes.",
-        "Ferries",
-        "ferries",
-    ),
-    Document("Tycho Brahe built his observatory Uraniborg on the island of Hven in 1576.", "Hven", "hven"),
-    Document("A quilt is sewn from patches that were made one by one, often by many hands.", "Quilts", "quilts"),
-]
+TEXTS = {
+    "Ferries": "The ferry to Hven leaves from Landskrona at a quarter past nine and takes thirty minutes.",
+    "Hven": "Tycho Brahe built his observatory Uraniborg on the island of Hven in 1576.",
+    "Quilts": "A quilt is sewn from patches that were made one by one, often by many hands.",
+}
+SAMPLES = [Document(text, title, title.lower()) for title, text in TEXTS.items()]
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,7 @@ def _compared(engine: Engine, documents: Sequence[Document], against: Sequence[T
 def _closeness(name: str, against: Sequence[Target], scored: Sequence[Tensor], charged: float, text: str) -> Closeness:
     wanted, given = torch.cat([t.logits for t in against]).float(), torch.cat(list(scored)).float()  # (tokens, vocab)
     agree = given.argmax(-1) == wanted.argmax(-1)
-    same = [
-        bool(part.all()) for part in torch.split(agree, [len(t.tokens) for t in against])
-    ]  # then greedy answers are, too
+    parts = torch.split(agree, [len(t.tokens) for t in against])  # where all agree, the greedy answers are the same
+    same = [bool(part.all()) for part in parts]
     kl = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
     return Closeness(name, sum(same) / len(same), float(agree.float().mean()), max(float(kl), 0.0), charged, text)

@@ -5,6 +5,7 @@ fields that stored documents carry in clear with those of the key that is looked
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections import defaultdict
@@ -112,19 +113,16 @@ def _damaged(store: Store) -> Iterator[Finding]:
     """Documents whose headers cannot be read."""
     broken: dict[str, list[str]] = defaultdict(list)
     for key, _ in store.last.list():
-        (blob,) = store.last.get_many([key])
         try:
-            if blob is not None:
-                read_header(key, blob)
+            for blob in filter(None, store.last.get_many([key])):
+                with contextlib.closing(blob):
+                    read_header(key, blob)
         except DamagedCache as error:
             broken[error.reason].append(key)
         except OtherVersion:
             broken["they are of another version of Kvilt"].append(key)
         except OSError as error:
             broken[f"it cannot be read: {error.strerror}"].append(key)
-        finally:
-            if blob is not None:
-                blob.close()
     fix = "kvilt cache verify sets damaged ones aside; encode them again. Unreadable ones: change permissions."
     for why, keys in broken.items():
         yield Finding("problem", f"{len(keys):,} stored documents are not served: {why} ({keys[0][:12]}).", fix)

@@ -12,6 +12,7 @@ from kvilt.check.doctor import REASONS, Diagnosis, Finding, Verdict
 from kvilt.types import Document
 
 START = "Start it with: kvilt vllm MODEL --store ... --strategy ..."
+WITHOUT = "the server runs without Kvilt's routes (VLLM_PLUGINS=kvilt): it takes no documents, and may not reuse any."
 SECONDS = 60.0
 
 
@@ -24,10 +25,7 @@ def examine_server(url: str, documents: Sequence[Document], system: str | None, 
         return Diagnosis([Finding("problem", what, "Check the address, and that the server is up.")])
     status, stored = server.call("/v1/documents")
     if status != 200:
-        what = (
-            "the server runs without Kvilt's routes (VLLM_PLUGINS=kvilt): it takes no documents, and may not reuse any."
-        )
-        return Diagnosis([Finding("problem", what, START)])
+        return Diagnosis([Finding("problem", WITHOUT, START)])
     made = Diagnosis([Finding("ok", f"{stored['total']:,} stored documents can be reused by this server.")])
     if not stored["total"]:
         fix = "kvilt encode with the same --model, --strategy and --store; --namespace, if the server has one."
@@ -57,16 +55,11 @@ class _Server:
 
     def tried(self, model: str, values: Sequence[Any], system: str | None) -> Iterator[Finding]:
         """What a short chat with these documents reuses."""
-        said = [{"role": "system", "content": system}] if system is not None else []
-        body = {
-            "model": model,
-            "messages": [*said, {"role": "user", "content": "?"}],
-            "documents": values,
-            "max_tokens": 1,
-        }
-        status, answer = self.call(
-            "/v1/chat/completions", {**body, "cache_salt": self.namespace} if self.namespace else body
-        )
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": "?"})
+        body = {"model": model, "messages": messages, "documents": values, "max_tokens": 1}
+        body |= {"cache_salt": self.namespace} if self.namespace else {}
+        status, answer = self.call("/v1/chat/completions", body)
         if status != 200:
             yield Finding("problem", f"a chat with these documents fails: {_said(answer)}.", START)
             return
@@ -90,10 +83,8 @@ class _Server:
 def _why(document: Mapping[str, Any]) -> tuple[str, str]:
     wanted, near = document["fields"], document["near"]
     if not near:
-        return (
-            "nothing is stored of its text (title, blanks and the tokenizer count too)",
-            "kvilt encode it, or send it again.",
-        )
+        text = "nothing is stored of its text (title, blanks and the tokenizer count too)"
+        return text, "kvilt encode it, or send it again."
     differ = min(([f for f in wanted if n.get(f) != wanted[f]] for n in near), key=len)
     known = [REASONS[field] for field in differ if field in REASONS]
     return "; ".join(why for why, _ in known), f"{', '.join(fix for _, fix in known)}, or kvilt encode it again."

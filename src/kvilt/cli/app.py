@@ -10,14 +10,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kvilt.cli import bench, cache, catalogue, check, evaluate, show, talk, train, work
+from kvilt.cli import bench, cache, catalogue, check, lab, show, talk, work
 from kvilt.cli.options import Loaded, Output, Several, group, verb
 from kvilt.errors import MissingExtra
 
 app = group("Encode every document once, alone, and reuse its KV cache in any prompt.")
-for name, part in {"cache": cache, "bench": bench, "evaluate": evaluate, "train": train}.items():
-    app.add_typer(part.app, name=name)
-app.add_typer(evaluate.calibrating, name="calibrate")
+app.add_typer(cache.app, name="cache")
+app.add_typer(bench.app, name="bench")
+app.add_typer(lab.evaluating, name="evaluate")
+app.add_typer(lab.training, name="train")
+app.add_typer(lab.calibrating, name="calibrate")
 
 
 def _version(wanted: bool) -> None:

@@ -25,6 +25,7 @@ Key = Annotated[str, Argument(metavar="KEY", help="Title, or the beginning of a 
 Keys = Annotated[list[str] | None, Argument(metavar="[KEYS...]", help="Titles, or beginnings of keys.")]
 VARIANT = "Where a title is stored several times: which dtype, encoding, compression or namespace, or all."
 Variant = Annotated[str, Option(help=VARIANT)]
+Release = Annotated[bool, Option("--release", help="Unpin instead.")]
 Everything = Annotated[bool, Option("--all", help="All of them; with --namespace all of those.")]
 
 
@@ -47,18 +48,13 @@ def rm(options: Stored, keys: Keys = None, everything: Everything = False, varia
     """Delete stored documents. Nothing is lost but the time to encode them again."""
     store = options.open_store()
     removed = [e for e in _chosen(options.entries(), keys, everything, variant) if store.delete(e.key)]
-    freed = sum(e.bytes for e in removed)
-    done = f"{len(removed):,} removed, {show_size(freed)} freed"
-    show.out(options.json, {"removed": len(removed), "freed_bytes": freed}, [done])
+    data = {"removed": len(removed), "freed_bytes": sum(e.bytes for e in removed)}
+    show.out(options.json, data, [f"{len(removed):,} removed, {show_size(data['freed_bytes'])} freed"])
 
 
 @verb(app)
 def pin(
-    options: Stored,
-    keys: Keys = None,
-    everything: Everything = False,
-    variant: Variant = "",
-    release: Annotated[bool, Option("--release", help="Unpin instead.")] = False,
+    options: Stored, keys: Keys = None, everything: Everything = False, variant: Variant = "", release: Release = False
 ) -> None:
     """Keep documents from eviction and expiry."""
     store, name = options.open_store(), "unpinned" if release else "pinned"
@@ -76,12 +72,11 @@ def stats(options: Stored) -> None:
 @verb(app)
 def verify(options: Stored) -> int:
     """Read every document completely; damaged ones are set aside, and will be encoded again when they are needed."""
-    store = options.open_store()
     with talk.meter("reading every document"):
-        damaged = store.verify()
-    whole = store.stats().entries
-    lines = [f"{key[:12]}  {reason}" for key, reason in damaged]
-    lines.append(f"{whole:,} documents are whole, {len(damaged):,} damaged.")
+        damaged = options.open_store().verify()
+    whole = options.open_store().stats().entries
+    total = f"{whole:,} documents are whole, {len(damaged):,} damaged."
+    lines = [*(f"{key[:12]}  {reason}" for key, reason in damaged), total]
     data = {"damaged": [{"key": key, "reason": reason} for key, reason in damaged], "whole": whole}
     show.out(options.json, data, lines)
     return FAILED if damaged else 0

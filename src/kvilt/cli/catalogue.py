@@ -36,11 +36,10 @@ class Name:
 
 def listed(kind: str | None, engine: Engine | None = None) -> dict[str, list[Name]]:
     """Every name of a kind, or of all kinds. Raises SpecError for an unknown kind."""
-    if kind is not None and kind not in registry.TABLE:
-        raise SpecError(
-            f"unknown kind {kind!r}.{did_you_mean(kind, registry.TABLE)} Known: {', '.join(registry.TABLE)}."
-        )
-    kinds = [kind] if kind else list(registry.TABLE)
+    known = list(registry.TABLE)
+    if kind is not None and kind not in known:
+        raise SpecError(f"unknown kind {kind!r}.{did_you_mean(kind, known)} Known: {', '.join(known)}.")
+    kinds = [kind] if kind else known
     return {k: [_name(k, name, path, engine) for name, path in registry.names(k).items()] for k in kinds}
 
 

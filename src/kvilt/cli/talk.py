@@ -67,14 +67,8 @@ def heard() -> Iterator[list[str]]:
         logger.handlers[:] = before
 
 
-def say(message: str) -> None:
-    """One line on stderr, unless quiet."""
-    own.info("%s", message)
-
-
-def warn(message: str) -> None:
-    """A warning on stderr, unless quiet."""
-    own.warning("%s", message)
+say = own.info  # one line on stderr, unless quiet
+warn = own.warning
 
 
 def fail(message: object) -> None:
