@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from kvilt.cli import FAILED, show, talk
-from kvilt.cli.options import Run
+from kvilt.cli.options import DOCS, Run
 from kvilt.errors import StoreUnavailable, UserError, WrapperError
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 WIDEST = 60  # characters of an answer
 
-Docs = Annotated[
-    list[str] | None,
-    Argument(metavar="[DOCS...]", help=".txt, .md or .jsonl files, folders of them, or - for stdin."),
-]
+Docs = Annotated[list[str] | None, Argument(metavar="[DOCS...]", help=DOCS)]
 Ask = Annotated[list[str] | None, Option("--question", help="What to ask; may be given several times.")]
 Limit = Annotated[int, Option(min=1, help="Use this many documents.")]
 Tokens = Annotated[int, Option(min=1, help="Compare answers of up to this many tokens.")]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvilt.types import Document
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
+DOCS = ".txt, .md or .jsonl files, folders of them, or - for stdin."
 SHOWN = 3  # skipped files named one by one
 OF_SEVERAL = {"--docs", "-d", "--pick"}  # options that take several values, as in `--docs *.txt`
 
@@ -141,9 +142,7 @@ class Answering:
     docs: list[str] | None = option(  # noqa: RUF009 - a field
         None, "--docs", "-d", metavar="PATH...", help="Documents, as for encode; takes several."
     )
-    pick: list[str] | None = option(  # noqa: RUF009 - a field
-        None, metavar="ID...", help="Ids of those to use, in order; takes several."
-    )
+    pick: list[str] | None = option(None, metavar="ID...", help="Ids of those to use, in order; takes several.")  # noqa: RUF009
     max_new_tokens: int = option(128, "--max-new-tokens", min=1, help="Longest answer.")
     temperature: float | None = option(None, "--temperature", min=0, help="Sample; 0 is greedy.")
     top_p: float | None = option(None, "--top-p", min=0, max=1, help="Sample from the likeliest tokens.")

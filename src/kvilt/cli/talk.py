@@ -88,22 +88,18 @@ class Meter:
         self.draws = sys.stderr.isatty() and own.isEnabledFor(logging.INFO)
         self._began = self._spoke = time.monotonic()
         self._first: float | None = None
-        self._said = label
 
-    def __call__(self, done: float, total: float, note: str = "", left: float | None = None) -> None:
-        """Hear that so much of the work is done, and if it is known better the seconds that are left.
-
-        The first word comes within a second, and that of a new label at once."""
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Hear that so much of the work is done. The first word comes within a second."""
         now, first = time.monotonic(), self._first is None
         self._first = done if self._first is None else self._first
-        if left is None and done > self._first:
-            left = (now - self._began) / (done - self._first) * (total - done)
-        more = f", {span(left)} left" if left and done < total else ""
+        speed = (done - self._first) / max(now - self._began, 1e-9)
+        more = f", {span((total - done) / speed)} left" if speed and done < total else ""
         self.line = f"{self.label}: {note or f'{done:,.0f}/{total:,.0f}'}{more}"
         pause = DRAW_SECONDS if self.draws else 1.0 if first else LINE_SECONDS
-        if now - self._spoke < pause and self.label == self._said:
+        if now - self._spoke < pause:
             return
-        self._spoke, self._said = now, self.label
+        self._spoke = now
         if self.draws:
             _print(shown(self.line), end="")
         else:

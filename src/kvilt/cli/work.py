@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from kvilt import registry
 from kvilt.cli import USER, show, talk
-from kvilt.cli.options import Answering, Run, Stored, option, utf8
+from kvilt.cli.options import DOCS, Answering, Run, Stored, option, utf8
 from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
 
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
-Docs = Annotated[
-    list[str], Argument(metavar="DOCS...", help=".txt, .md or .jsonl files, folders of them, or - for stdin.")
-]
+Docs = Annotated[list[str], Argument(metavar="DOCS...", help=DOCS)]
 DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
 TimeToLive = Annotated[float | None, Option(help="Seconds until the caches expire.")]
 Question = Annotated[
@@ -80,7 +78,11 @@ def ask(answering: Answering, options: Run, question: Question = STDIN) -> int:
     """Answer a question over documents, reusing their caches."""
     paths, many = answering.docs or [], question == STDIN
     _check(question, paths, options.json, answering)
-    documents = _choose(options.read(paths), answering.pick or [])
+    documents = options.read(paths)
+    if not documents:
+        raise PromptError("no documents: give some with --docs.")
+    if answering.pick:  # in the order of the ids
+        documents = [_named(documents, name_of(wanted)) for wanted in answering.pick]
     engine, failed = options.engine(without_store=True), 0
     for asked in _lines() if many else [question]:
         try:
@@ -119,14 +121,8 @@ def _lines() -> Iterator[str]:
             yield text
 
 
-def _choose(documents: list[Document], ids: Sequence[str]) -> list[Document]:
-    """The documents with these ids or file names, in the order of the ids; all if none is given."""
-    if not documents:
-        raise PromptError("no documents: give some with --docs.")
-    return [_named(documents, name_of(wanted)) for wanted in ids] if ids else documents
-
-
 def _named(documents: list[Document], wanted: str) -> Document:
+    """The document with this id or file name."""
     named = [d for d in documents if d.id == wanted] or [d for d in documents if Path(d.id or "").name == wanted]
     if not named:
         known = {name for d in documents for name in (d.id or "", Path(d.id or "").name)}
