@@ -69,9 +69,8 @@ def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 20, o
     with talk.meter("demo") as meter:
         rows = story.run(model, questions, meter)
     heads = [story.COLUMNS[0], *(f"{column}>" for column in story.COLUMNS[1:])]
-    lines = show.table(heads, map(story.cells, rows))
-    lines += story.examples(model, questions, rows)
-    show.out(options.json, [dataclasses.asdict(row) for row in rows], [f"{questions} questions", *lines])
+    told = (*show.table(heads, map(story.cells, rows)), *story.examples(model, questions, rows))
+    show.out(options.json, [dataclasses.asdict(row) for row in rows], [f"{questions} questions", *told])
     with contextlib.suppress(MissingExtra):
         story.plot(rows, out)
         talk.say(f"plot: {out}")

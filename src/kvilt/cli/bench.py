@@ -89,12 +89,8 @@ def compression(
     from kvilt.lab.bench import others
 
     subject, specs = _subject(options, shape, docs), compress or ["int8", "int4", "fp8"]
-
-    def measured(folder: Path) -> dict[str, Any]:
-        rows = others.compression(subject, subject.texts[:documents], specs, folder, repeats)
-        return {"model": subject.name, **rows}
-
-    _measured("compression", out, measured)
+    texts = subject.texts[:documents]
+    _measured("compression", out, lambda folder: others.compression(subject, texts, specs, folder, repeats))
 
 
 def _subject(options: Loaded, shape: str, docs: list[str] | None = None) -> Subject:

@@ -146,8 +146,8 @@ def compression(
     for name, row in rows.items():
         row["load_s"] = summary(times[name][1:])
         row["load_of_plain"] = row["load_s"]["median"] / summary(times["none"][1:])["median"]
-    tokens = sum(c.length for c in plain)
-    return {"dtype": str(model.shape.dtype), "tokens": tokens, "documents": len(documents), "rows": rows}
+    of = {"model": subject.name, "dtype": str(model.shape.dtype), "tokens": sum(c.length for c in plain)}
+    return {**of, "documents": len(documents), "rows": rows}
 
 
 def _errors(caches: Sequence[DocumentCache], plain: Sequence[DocumentCache]) -> tuple[float, float] | tuple[None, None]:
