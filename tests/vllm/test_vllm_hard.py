@@ -317,6 +317,28 @@ def test_sampling_features_work_with_holes(reference: Reference, served: Served,
     assert first == second
 
 
+def test_vllms_own_scheduler_serves_what_needs_no_holes(
+    reference: Reference, served: Served, epic: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Danger: without --scheduler-cls rows are loaded again and again, or holes stay empty."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    monkeypatch.setattr(type(served.scheduler), "schedule", AsyncScheduler.schedule)
+    monkeypatch.setattr(served.ends, "grants", None)
+    prompt = reference.prompt(epic, DOCUMENTS)
+    assert "scheduler-cls" in receipt(served.ask([prompt])[0])["why"]
+    served.use("block:sink=system")
+    block = reference.engine("block:sink=system")
+    block.encode(DOCUMENTS)
+    served.look()
+    loads: list[int] = []
+    loader = served.scheduler.connector.ends.load
+    monkeypatch.setattr(served.ends, "load", lambda *a: (loads.append(1), loader(*a))[1])
+    answer = served.ask([reference.prompt(block, DOCUMENTS)])[0]
+    assert same(answer, block.answer(QUESTION, DOCUMENTS, max_new_tokens=NEW))
+    assert len(loads) == 1
+
+
 @pytest.fixture(autouse=True)
 def _clean(served: Served) -> Iterator[None]:
     """Nothing is left over from a test."""

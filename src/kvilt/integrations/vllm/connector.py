@@ -84,11 +84,10 @@ class KviltConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         """What is to be loaded before this step."""
-        manager = self._kv_cache_manager
+        manager, ends = self._kv_cache_manager, self.ends
         assert manager is not None
-        return Loads(
-            [self.ends.load(request_id, manager.get_block_ids(request_id)[0]) for request_id in self.ends.admitted]
-        )
+        ends.started, ends.admitted = ends.admitted, []
+        return Loads([ends.load(request_id, manager.get_block_ids(request_id)[0]) for request_id in ends.started])
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note what the workers loaded."""

@@ -63,10 +63,10 @@ class KviltScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step: vLLM's own, with less of its budget, then the holes of what it admitted."""
         ends = self.ends
-        if ends is None or self.pause_state == PauseState.PAUSED_ALL or self.num_spec_tokens:
+        if ends is None or self.pause_state == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
         kept = self.max_num_scheduled_tokens, self.max_num_active_reqs
-        tokens, seats = self._reserve(ends)
+        tokens, seats = (0, 0) if self.num_spec_tokens else self._reserve(ends)  # drafts and holes are not served together
         self.max_num_scheduled_tokens -= tokens
         self.max_num_active_reqs = min(self.max_num_active_reqs, self.max_num_running_reqs - seats)
         try:
@@ -105,7 +105,7 @@ class KviltScheduler(AsyncScheduler):
     def _compute_holes(self, ends: Scheduling, out: SchedulerOutput) -> None:
         """Add the holes of requests that were admitted in this step, then parts of others."""
         before = out.total_num_scheduled_tokens
-        for request_id in ends.admitted:
+        for request_id in ends.started:
             request, ticket = self.requests[request_id], ends.tickets[request_id]
             runs = ticket.holes
             _correct(request, ticket)
@@ -114,7 +114,7 @@ class KviltScheduler(AsyncScheduler):
                 out.has_sync_kv_loads = True  # loaded before this step: holes read what is loaded
             else:
                 self._add(out, request, ticket, runs)
-        ends.admitted.clear()
+        ends.started = []
         for part in list(self._parts.values()):
             self._advance(out, part)
         if self.defer_block_free and not before and out.total_num_scheduled_tokens:

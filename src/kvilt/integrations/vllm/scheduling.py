@@ -34,7 +34,8 @@ class Scheduling:
         self.notes: dict[str, str] = {}  # why a request with documents reuses nothing
         self.grants: dict[str, Grant] | None = None  # of requests with holes, in this step; None: nobody computes holes
         self._failing: dict[str, float] = {}  # documents that could not be loaded, and until when they are left alone
-        self.admitted: list[str] = []  # requests whose blocks are new in this step and wait for rows
+        self.admitted: list[str] = []  # requests that have got their blocks since the last step and wait for rows
+        self.started: list[str] = []  # those whose rows are loaded before this step
 
     @classmethod
     def of(cls, settings: Settings, vllm_config: Any) -> Scheduling:
