@@ -139,7 +139,7 @@ class CacheKey:
     @cached
     def digest(self) -> str:
         """The key as 64 hex digits; file names and indexes use it."""
-        return digest_of(json.dumps(asdict(self), sort_keys=True))
+        return digest_of(json.dumps(vars(self), sort_keys=True))
 
 
 class Rows(Protocol):

@@ -24,7 +24,7 @@ from kvilt.rows.rows import Angles, PartRows, Rotation
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Rows
 
-GROUP_BYTES = 8 << 20  # rows that are read, rotated and written at a time
+GROUP_BYTES = 16 << 20  # rows that are read, rotated and written at a time
 LAYER = re.compile(r"\.(\d+)\.")
 
 logger = logging.getLogger("kvilt")
@@ -230,10 +230,10 @@ class Fill:
 
     def _write(self, part: list[tuple[int, str]], rows: Tensor, angles: Angles, slots: Tensor) -> None:
         """Rotate keys and write rows (layers, 2, heads, rows, head_dim) into the paged cache of these layers."""
-        self.loader.rotation.rotate(rows[:, 0], angles, rows[:, 0])
-        rows = rows.transpose(2, 3)  # (layers, 2, rows, heads, head_dim)
-        for (_, name), (keys, values) in zip(part, rows if self.stream is None else rows.contiguous(), strict=True):
+        for (_, name), both in zip(part, rows, strict=True):
             layer = self.layers[name]
+            self.loader.rotation.rotate(both[0], angles, both[0])
+            keys, values = both.transpose(1, 2) if self.stream is None else both.transpose(1, 2).contiguous()
             layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
             if self.stream is not None:
                 self._marks[name] = self.stream.record_event()

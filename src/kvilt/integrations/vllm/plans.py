@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -134,7 +134,7 @@ def place(plan: Plan, linear: float) -> Placed:
     holes = [run for run in _runs(rows.computed) if run[0] < tail]
     soft = _soft(plan, rows)
     tokens = rows.tokens.clamp(min=-1)
-    keyed = [(p.key.digest, *list(asdict(p).values())[1:]) for p in pieces]
+    keyed = [(p.key.digest, p.first, p.count, p.slot, p.base) for p in pieces]
     fingerprint = digest_of(json.dumps([keyed, holes, shift]), b"" if soft is None else soft.vectors)
     return Placed(
         tokens=tuple(torch.where(tokens < 0, PLACEHOLDER, tokens).tolist()),

@@ -66,7 +66,9 @@ class KviltScheduler(AsyncScheduler):
         if ends is None or self.pause_state == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
         kept = self.max_num_scheduled_tokens, self.max_num_active_reqs
-        tokens, seats = (0, 0) if self.num_spec_tokens else self._reserve(ends)  # drafts and holes are not served together
+        tokens, seats = (
+            (0, 0) if self.num_spec_tokens else self._reserve(ends)
+        )  # drafts and holes are not served together
         self.max_num_scheduled_tokens -= tokens
         self.max_num_active_reqs = min(self.max_num_active_reqs, self.max_num_running_reqs - seats)
         try:
