@@ -79,7 +79,7 @@ def named(hint: Any, tokens: int, deployment: Deployment) -> list[Part]:
         kinds = [type(value) for value in entry] if isinstance(entry, list | tuple) else []
         if kinds != [int, int, str, int] or not end <= entry[0] < entry[1] <= tokens:
             raise PromptError(
-                "kv_transfer_params.kvilt: documents must be [start, end, name, title] in order, inside the prompt."
+                "kv_transfer_params.kvilt: documents are [start, end, name, title], in order, in the prompt."
             )
         parts.append(Part(entry[0], entry[1], entry[2], deployment.compression.identity(entry[3])))
         end = entry[1]
@@ -121,7 +121,16 @@ class Documents:
         placed = place(plan, self.deployment.info.linear_cost)
         if placed.reused() < LEAST:
             return None
-        return Ticket(arrived, placed, self._receipt(parts, prompt, hits, placed, str(strategy)))
+        receipt = {
+            "strategy": str(strategy),
+            "documents": [
+                {"name": p.name, "tokens": p.end - p.start, "hit": h} for p, h in zip(parts, hits, strict=True)
+            ],
+            "hits": sum(hits),
+            "misses": len(hits) - sum(hits),
+            "charged": round(placed.charged, 4),
+        }
+        return Ticket(arrived, placed, receipt)
 
     def _prompt(
         self, ids: list[int], parts: Sequence[Part], namespace: str, encoding: Encoding, refused: Container[str]
@@ -129,13 +138,9 @@ class Documents:
         """The prompt with the caches that are stored, and which documents these are.
 
         Tokens between documents are computed where they stand, as documents that are not stored are."""
-        places = [part.start for part in parts], [part.end for part in parts]
-        edges = [
-            places[0][0],
-            *sorted({*places[0], *places[1]}),
-        ]  # tokens between two documents are a part of their own
         known = {part.start: part for part in parts}
-        spans = [(0, edges[0]), *((a, b) for a, b in pairwise(edges) if a < b)]
+        edges = sorted({*known, *(part.end for part in parts)})  # tokens between two documents are a part of their own
+        spans = [(0, edges[0]), *pairwise(edges)]
         keys = [self._key(ids[: edges[0]], Encoding(), namespace, "")]
         for a, b in spans[1:]:
             part = known.get(a)
@@ -155,18 +160,6 @@ class Documents:
 
     def _key(self, ids: list[int], encoding: Encoding, namespace: str, compression: str) -> CacheKey:
         return self.deployment.key(torch.tensor(ids, dtype=torch.long), encoding, namespace, compression)
-
-    def _receipt(
-        self, parts: Sequence[Part], prompt: Prompt, hits: list[bool], placed: Placed, strategy: str
-    ) -> dict[str, Any]:
-        documents = zip(parts, hits, strict=True)
-        return {
-            "strategy": strategy,
-            "documents": [{"name": p.name, "tokens": p.end - p.start, "hit": hit} for p, hit in documents],
-            "hits": sum(hits),
-            "misses": len(hits) - sum(hits),
-            "charged": round(placed.charged, 4),
-        }
 
 
 def bare(ids: Sequence[int], key: CacheKey) -> DocumentCache:

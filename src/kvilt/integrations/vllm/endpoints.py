@@ -28,6 +28,7 @@ from kvilt.integrations.vllm.prompts import Prompts, Unknown, Wanted, is_digest
 LISTED = 1000  # documents in one answer of GET /v1/documents
 NAMESPACE = "x-kvilt-namespace"  # header of /v1/documents; chats name theirs by `cache_salt`
 ENCODE = "x-kvilt-encode"  # header of chats: "no" leaves missing documents alone
+KINDS = {409: "missing_documents", 429: "rate_limit_error", 503: "store_unavailable"}
 
 router = APIRouter()
 
@@ -58,16 +59,9 @@ class Documents:
 @router.post("/v1/chat/completions")
 async def create_chat(request: DocumentChat, raw_request: Request) -> Any:
     """vLLM's own route, with documents."""
-    if refused := _refused(request):
-        return refused
-    kvilt: Documents = raw_request.app.state.kvilt
+    _check(request)
     if request.documents is not None:
-        try:
-            await _lay(kvilt, request, raw_request.headers.get(ENCODE) != "no")
-        except Unknown as unknown:
-            return _unknown(unknown)
-        except (UserError, StoreError) as error:
-            return _error(error)
+        await _lay(raw_request.app.state.kvilt, request, raw_request.headers.get(ENCODE) != "no")
     return await chat_routes.create_chat_completion(request, raw_request)
 
 
@@ -88,25 +82,21 @@ async def _lay(kvilt: Documents, request: DocumentChat, encode: bool) -> None:
 @router.post("/v1/completions")
 async def create_completion(request: CompletionRequest, raw_request: Request) -> Any:
     """vLLM's own route."""
-    return _refused(request) or await completion_routes.create_completion(request, raw_request)
+    _check(request)
+    return await completion_routes.create_completion(request, raw_request)
 
 
 @router.post("/v1/documents")
 async def add_documents(raw_request: Request) -> Response:
     """Encode documents in the background: {"documents": [...], "system": "..."}; their ids and whether they are stored."""
     kvilt: Documents = raw_request.app.state.kvilt
-    try:
-        values, system, namespace = await _body(kvilt, raw_request)
-        wanted = await asyncio.to_thread(kvilt.prompts.alone, values, system, namespace)
-        missing = await asyncio.to_thread(kvilt.missing, wanted)
-        if missing and kvilt.background is None:
-            raise UserError("this server encodes nothing: run kvilt encode, or start it with --encode.")
-        if kvilt.background is not None:
-            kvilt.background.add(missing, system)
-    except QueueFull as full:
-        return _json(429, str(full), headers={"retry-after": "5"})
-    except (UserError, StoreError) as error:
-        return _error(error)
+    values, system, namespace = await _body(kvilt, raw_request)
+    wanted = await asyncio.to_thread(kvilt.prompts.alone, values, system, namespace)
+    missing = await asyncio.to_thread(kvilt.missing, wanted)
+    if kvilt.background is not None:
+        kvilt.background.add(missing, system)
+    elif missing:
+        raise UserError("this server encodes nothing: run kvilt encode, or start it with --encode.")
     todo = {w.key.digest for w in missing}
     listed = [{**_document(w), "stored": w.key.digest not in todo} for w in wanted]
     return JSONResponse({"object": "list", "data": listed}, 202 if todo else 200)
@@ -116,12 +106,9 @@ async def add_documents(raw_request: Request) -> Response:
 async def check_documents(raw_request: Request) -> Response:
     """Whether documents are stored, and what is stored of the same text: for `kvilt doctor --vllm`."""
     kvilt: Documents = raw_request.app.state.kvilt
-    try:
-        wanted = await asyncio.to_thread(kvilt.prompts.alone, *await _body(kvilt, raw_request))
-        missing = {w.key.digest for w in await asyncio.to_thread(kvilt.missing, wanted)}
-        entries = await asyncio.to_thread(kvilt.store.entries) if missing else []
-    except (UserError, StoreError) as error:
-        return _error(error)
+    wanted = await asyncio.to_thread(kvilt.prompts.alone, *await _body(kvilt, raw_request))
+    missing = {w.key.digest for w in await asyncio.to_thread(kvilt.missing, wanted)}
+    entries = await asyncio.to_thread(kvilt.store.entries) if missing else []
     listed = []
     for w in wanted:
         near = [e.fields for e in entries if e.fields.get("tokens") == w.key.tokens] if w.key.digest in missing else []
@@ -166,8 +153,10 @@ class Plugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; those that vLLM has too replace its own."""
+        """Add the routes, those that vLLM has too instead of its own; and what our errors look like."""
         app.include_router(router)
+        for kind in (UserError, StoreError, Unknown, QueueFull):
+            app.add_exception_handler(kind, _failed)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Make what the routes need, from the connector's configuration."""
@@ -198,28 +187,24 @@ async def _body(kvilt: Documents, request: Request) -> tuple[list[Any], str | No
     return values, system, kvilt.namespace(request)
 
 
-def _refused(request: Any) -> Response | None:
-    """Places come from this plugin alone."""
+def _check(request: Any) -> None:
+    """Places come from this plugin alone. Raises UserError."""
     if PARAMETER in (request.kv_transfer_params or {}):
-        return _json(400, f"kv_transfer_params.{PARAMETER} is set by the server: give `documents` instead.")
-    return None
+        raise UserError(f"kv_transfer_params.{PARAMETER} is set by the server: give `documents` instead.")
 
 
 def _document(wanted: Wanted) -> dict[str, Any]:
     return {"id": wanted.key.digest, "title": wanted.document.title or "", "tokens": len(wanted.ids)}
 
 
-def _unknown(unknown: Unknown) -> Response:
-    message = f"{len(unknown.ids)} documents are not stored: send their texts, or add them by POST /v1/documents."
-    return _json(409, message, missing=list(unknown.ids))
+def _failed(request: Request, error: Exception) -> Response:
+    """What goes wrong on purpose, as OpenAI's clients expect it."""
+    if isinstance(error, Unknown):
+        message = f"{len(error.ids)} documents are not stored: send their texts, or add them by POST /v1/documents."
+        return _json(409, message, missing=list(error.ids))
+    return _json(429 if isinstance(error, QueueFull) else 400 if isinstance(error, UserError) else 503, str(error))
 
 
-def _error(error: UserError | StoreError) -> Response:
-    return _json(400 if isinstance(error, UserError) else 503, str(error))
-
-
-def _json(status: int, message: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    kind = {409: "missing_documents", 429: "rate_limit_error", 503: "store_unavailable"}.get(
-        status, "invalid_request_error"
-    )
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status, **more}}, status, headers)
+def _json(status: int, message: str, **more: Any) -> Response:
+    error = {"message": message, "type": KINDS.get(status, "invalid_request_error"), "code": status, **more}
+    return JSONResponse({"error": error}, status, {"retry-after": "5"} if status in (429, 503) else None)

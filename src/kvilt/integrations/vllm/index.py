@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from kvilt.types import CacheKey, digest_of
 
 FIRST = 8  # tokens by which a place is recognised; shorter documents are not looked for, computing them is as fast
 TOGETHER = 128  # documents opened at a time while a store is looked through
+IDLE = 20  # times as long as it took to look, at least, until the next look
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: powers of it do not vanish modulo 2**64
 
 logger = logging.getLogger("kvilt")
@@ -161,5 +163,8 @@ class Watcher:
                 self.index.add(cache.key, self.deployment.tokens_of(cache), entry.title)
 
     def _run(self) -> None:
-        while not self._stop.wait(self.seconds):
+        took = 0.0
+        while not self._stop.wait(max(self.seconds, IDLE * took)):
+            began = time.monotonic()
             self.look()
+            took = time.monotonic() - began

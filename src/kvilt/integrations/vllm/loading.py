@@ -6,6 +6,7 @@ they are written. On CUDA that runs in a thread, through pinned memory and a str
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import time
@@ -106,11 +107,8 @@ class Loader:
         for piece in load.pieces:
             at = torch.arange(piece.slot, piece.slot + piece.count)
             slots = blocks[at // self.block_size] * self.block_size + at % self.block_size
-            rows, cache, place = (
-                slice(piece.first, piece.first + piece.count),
-                caches[piece.key],
-                (piece.key, piece.base),
-            )
+            rows, cache = slice(piece.first, piece.first + piece.count), caches[piece.key]
+            place = piece.key, piece.base
             if cache is None or cache.rows is None or rows.stop > len(cache.offsets):
                 missing.append((piece.key, set((slots // self.block_size).tolist())))
                 continue
@@ -156,9 +154,7 @@ class Fill:
         if self.stream is None:
             self._run()
         else:
-            self.stream.wait_stream(
-                torch.cuda.current_stream(self.device)
-            )  # blocks may still be in use by earlier work
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # earlier work may still use the blocks
             self._thread.start()
 
     def wait(self, name: str) -> None:
@@ -201,22 +197,20 @@ class Fill:
         if not sources:
             return
         layers = sorted((_number(name), name) for name in self.layers)
-        slots = torch.cat([s.slots for s in sources])
-        _, heads, _, dim = sources[0].rows.shape
-        dtype = self.loader.dtype
-        group = min(len(layers), max(1, GROUP_BYTES // (2 * heads * len(slots) * dim * dtype.itemsize)))
-        buffers = _Buffers((group, 2, heads, len(slots), dim), dtype, self.device)
+        slots, dtype = torch.cat([s.slots for s in sources]), self.loader.dtype
+        shape = (2, sources[0].rows.shape[1], len(slots), sources[0].rows.shape[3])
+        group = max(1, GROUP_BYTES // (math.prod(shape) * dtype.itemsize))
         angles = self.loader.angles(torch.cat([s.positions for s in sources]), self.device)
         for start in range(0, len(layers), group):
             part = layers[start : start + group]
-            rows = buffers.host()[: len(part)]
+            rows = torch.empty(len(part), *shape, dtype=dtype, pin_memory=self.stream is not None)
             self._read(sources, slots, slice(part[0][0], part[-1][0] + 1), rows)
-            self._write(part, buffers.device(rows), angles, slots.to(self.device))
+            self._write(part, rows.to(self.device, non_blocking=True), angles, slots.to(self.device))
 
     def _read(self, sources: list[Source], slots: Tensor, layers: slice, out: Tensor) -> None:
         """Read some layers of all documents into `out` (layers, 2, heads, rows, head_dim)."""
         at = 0
-        for source in list(sources):
+        for source in sources:
             end = at + len(source.slots)
             try:
                 if bool((slots[at:end] >= 0).any()):
@@ -238,31 +232,6 @@ class Fill:
             if self.stream is not None:
                 self._marks[name] = self.stream.record_event()
             self._ready[name].set()
-
-
-class _Buffers:
-    """Memory for some layers: read into on the host, and on CUDA uploaded from there."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, count: int = 2) -> None:
-        self._device, self._turn = device, 0
-        cuda = device.type == "cuda"
-        self._host = [torch.empty(shape, dtype=dtype, pin_memory=cuda) for _ in range(count if cuda else 1)]
-        self._sent: list[Any] = [None for _ in self._host]
-
-    def host(self) -> Tensor:
-        """Memory whose last upload is through."""
-        self._turn = (self._turn + 1) % len(self._host)
-        if self._sent[self._turn] is not None:
-            self._sent[self._turn].synchronize()
-        return self._host[self._turn]
-
-    def device(self, rows: Tensor) -> Tensor:
-        """The rows where the cache is."""
-        if self._device.type != "cuda":
-            return rows
-        there = rows.to(self._device, non_blocking=True)
-        self._sent[self._turn] = torch.cuda.current_stream(self._device).record_event()
-        return there
 
 
 def _is_attention(layer: Any) -> bool:

@@ -66,9 +66,7 @@ class KviltScheduler(AsyncScheduler):
         if ends is None or self.pause_state == PauseState.PAUSED_ALL:
             return super().schedule(*args, **kwargs)
         kept = self.max_num_scheduled_tokens, self.max_num_active_reqs
-        tokens, seats = (
-            (0, 0) if self.num_spec_tokens else self._reserve(ends)
-        )  # drafts and holes are not served together
+        tokens, seats = (0, 0) if self.num_spec_tokens else self._reserve(ends)  # no holes beside drafts
         self.max_num_scheduled_tokens -= tokens
         self.max_num_active_reqs = min(self.max_num_active_reqs, self.max_num_running_reqs - seats)
         try:
@@ -182,10 +180,8 @@ class KviltScheduler(AsyncScheduler):
         hit = [r for r in (*self.running, *waiting) if not invalid_block_ids.isdisjoint(self._blocks(r))]
         self.kv_cache_manager.evict_blocks({block for request in hit for block in self._blocks(request)})
         for request in reversed(hit):  # each goes to the front of the queue
-            if request.num_output_tokens:
-                self.grammar_compile_error_reqs.add(
-                    request.request_id
-                )  # a part of the answer is out: vLLM ends it with an error
+            if request.num_output_tokens:  # a part of the answer is out: vLLM ends it with an error
+                self.grammar_compile_error_reqs.add(request.request_id)
             else:
                 self._restart(request)
                 ends.receive_again(request)

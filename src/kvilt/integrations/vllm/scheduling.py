@@ -45,9 +45,7 @@ class Scheduling:
         model = vllm_config.model_config
         deployment = Deployment(model.model, AutoTokenizer.from_pretrained(model.tokenizer or model.model), settings)
         if deployment.needs_embeddings and not model.enable_prompt_embeds:
-            raise SpecError(
-                f"strategy {settings.strategy!r} computes learned vectors: start vLLM with --enable-prompt-embeds."
-            )
+            raise SpecError(f"strategy {settings.strategy!r} computes vectors: start vLLM with --enable-prompt-embeds.")
         return cls(deployment, model.max_model_len)
 
     def receive(self, request: Any) -> None:
@@ -73,10 +71,7 @@ class Scheduling:
             self._failing = {digest: until for digest, until in self._failing.items() if until > now}
             ticket, why = self.documents.ticket(arrived, self._failing), ""
             if ticket is not None and len(ticket.placed.tokens) >= self.longest:
-                ticket, why = (
-                    None,
-                    "the prompt with what stands around its documents is longer than the model's context",
-                )
+                ticket, why = None, "with what stands around its documents it is longer than the model's context"
         except KviltError as error:
             ticket, why = None, str(error)
         except Exception:
@@ -133,9 +128,7 @@ class Scheduling:
         if ticket is None:
             return {"reused_tokens": 0, "why": why} if why else None
         if self.grants is None and ticket.placed.holes:
-            ticket.receipt["why"] = (
-                "vLLM runs without --scheduler-cls kvilt...KviltScheduler: nothing is reused after a hole"
-            )
+            ticket.receipt["why"] = "vLLM runs without --scheduler-cls ...KviltScheduler: reuse ends at the first hole"
         return {
             **ticket.receipt,
             "reused_tokens": ticket.loaded + ticket.local,
