@@ -26,7 +26,7 @@ from kvilt.types import Document
 
 STRATEGY = "epic:tokens=17,sink=system"
 TEXTS = [{"title": d.title, "text": d.text} for d in DOCUMENTS]
-SECONDS = 120
+SECONDS = 240
 
 
 @pytest.fixture(scope="module")
