@@ -31,6 +31,14 @@ NAMES = {  # labels of a run: strategies
     "naive": "naive",
     "weights/full": "full, all weights taught",
 }
+PACKAGE = OUT.parents[1] / "src/kvilt/builtin"
+KEPT = {  # what `kvilt list strategy MODEL` says of a strategy
+    "smollm2-qa": {
+        "writer": "writer + wrapper",
+        **{n: n for n in ("linked_packet", "kv_packet", "query_lora", "naive")},
+    },
+    "smollm2-kvlink5": {"kvlink": "kvlink:links=5"},
+}
 PAIRS = (("linked", "packet"), ("writer_packet", "packet"), ("writer_packet", "writer"), ("writer_packet", "kvlink5"))
 PAIRS += (("writer_packet_query", "writer_packet"), ("query", "naive"))
 
@@ -129,6 +137,10 @@ def main() -> None:
     told = json.loads(bytes(results["results.json"]))
     made["training"] = {key.removeprefix("train/"): note for key, note in told.items() if key.startswith("train/")}
     OUT.write_text(json.dumps(made, indent=1) + "\n")
+    for model, strategies in KEPT.items():
+        kept = {n: [c["kept"][0] for c in made["cells"] if c["strategy"] == of] for n, of in strategies.items()}
+        means = {name: round(sum(values) / len(values)) for name, values in kept.items()}
+        (PACKAGE / model / "kept.json").write_text(json.dumps(means) + "\n")
 
 
 if __name__ == "__main__":

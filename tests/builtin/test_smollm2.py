@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kvilt import builtin
+from kvilt.cli import catalogue
 from kvilt.engine.engine import Engine
 from kvilt.errors import ModelError
 from kvilt.lab import demo
@@ -47,6 +49,15 @@ def test_what_ships_is_whole_small_and_for_one_model() -> None:
     tokens = LinkTokens.from_json((linked / "kvlink.json").read_text())
     assert (len(tokens.ids), len(tokens.ids[0]), tokens.vectors) == (40, 5, "links.safetensors")
     assert len(tokens.every) == 202
+
+
+def test_a_list_says_what_each_strategy_kept() -> None:
+    """Danger: a user must read a benchmark page to choose; a strategy that was not measured gets another's figure."""
+    told: Any = SimpleNamespace(model=SimpleNamespace(directory=str(SHIPPED / "smollm2-qa")))
+    assert catalogue._kept("writer", told) == ", kept 87 % of full's right answers"
+    assert catalogue._kept("ape", told) == ""
+    told.model.directory = None
+    assert catalogue._kept("writer", told) == ""
 
 
 def test_unknown_variants_are_named() -> None:

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,14 @@ def _fits(name: str, engine: Engine) -> str:
             engine.with_strategy(name)
         except UserError as error:
             return f"no: {error}"
-    return f"yes, with a {'; '.join(warnings)}" if warnings else "yes"
+    return f"yes, with a {'; '.join(warnings)}" if warnings else f"yes{_kept(name, engine)}"
+
+
+def _kept(name: str, engine: Engine) -> str:
+    """What a strategy kept of full recompute's right answers, where a model that ships says so."""
+    told = Path(engine.model.directory or "") / "kept.json"
+    kept = json.loads(told.read_text("utf-8")).get(name) if engine.model.directory and told.is_file() else None
+    return f", kept {kept} % of full's right answers" if kept else ""
 
 
 def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:
