@@ -225,7 +225,9 @@ def test_methods_really_differ(wrapper: Path) -> None:
 def test_only_recompute_free_plans_without_links_are_suffixes(wrapper: Path) -> None:
     """Danger: a plan that needs a mask is handed to a kernel or an engine that has none."""
     suffix = {s: case_of(zoo.model_of("llama"), s, wrapper).plan().is_suffix for s in MATRIX}
-    recomputing = {s for s in MATRIX if s.split(":")[0] in ("random", "cacheblend", "a3", "prophetkv", "infoflow")}
+    recomputing = {
+        s for s in MATRIX if s.split(":")[0] in ("random", "ranked", "cacheblend", "a3", "prophetkv", "infoflow")
+    }
     assert {s for s, yes in suffix.items() if not yes} == recomputing | {
         "kvlink:links=1",
         "kvlink:links=5",

@@ -27,7 +27,7 @@ def test_documents_carry_an_order_of_all_their_places() -> None:
     for item, cache in zip(items := engine.encoder.items(kit.DOCUMENTS), engine.encoder.make(items), strict=True):
         assert cache.order is not None
         assert sorted(cache.order.tolist()) == list(range(len(item.ids)))
-        stored = open_cache(MemoryBlob(pack(cache)), cache.key)
+        stored = open_cache(MemoryBlob(b"".join(pack(cache))), cache.key)
         assert stored.order is not None
         assert torch.equal(stored.order, cache.order)
     plain = kit.engine_of("block:sink=system").encoder
