@@ -84,26 +84,10 @@ def costs(cells: Sequence[Cell]) -> str:
     return table(["strategy", *head, "agreement %", "KL", "charged", "computed", "KB loaded"], lines)
 
 
-def short(cells: Sequence[Cell]) -> str:
-    """Right answers and charged compute, for the README."""
-    lines = []
-    for (model, strategy), row in rows(cells).items():
-        if shown(model, strategy):
-            right = [number(mean_right(row, group)) for group in (ONE, ACROSS, BABI)]
-            lines.append([label(model, strategy), *right, number(mean(row, ONE + ACROSS, "charged"), 3)])
-    return table(["strategy", "one document", "across documents", "bAbI", "charged compute"], lines)
-
-
 def shown(model: str, strategy: str) -> bool:
-    """Whether the README has this row: each method once, trained on everything."""
+    """Whether a short table has this row: each method once, trained on everything."""
     off_task = "packet_" in strategy.partition("=")[2]
     return strategy.startswith("kvlink") if model != "builtin" else not off_task and not strategy.startswith("no ")
-
-
-def mean_right(row: dict[str, Cell], kinds: Sequence[str]) -> float | None:
-    """Mean accuracy over kinds that are all there."""
-    values = [row[kind]["accuracy"][0] for kind in kinds if kind in row]
-    return sum(values) / len(values) if len(values) == len(kinds) else None
 
 
 def methods(cells: Sequence[Cell]) -> str:
@@ -192,7 +176,6 @@ SECTIONS: list[tuple[str, str, dict[str, Callable[[Any], str]]]] = [
     ("methods.md", "methods", {"methods": methods}),
     ("compression.md", "compression", {"stored": stored}),
     ("compression.md", "compression_quality", {"quality": compressed}),
-    ("../README.md", "quality", {"quality": short}),
 ]
 
 

@@ -52,7 +52,8 @@ def run(model: str, questions: int, on_progress: Callable[[int, int, str], None]
         for number, (name, engine) in enumerate(engines.items()):
             answers = []
             for k, s in enumerate(asked):
-                on_progress(number * len(asked) + k, len(engines) * len(asked), f"asking with {name}")
+                done = (len(engines) + number) * len(asked) + k
+                on_progress(done, 2 * len(engines) * len(asked), f"asking with {name}")
                 answers.append(engine.answer(s.question, s.documents, max_new_tokens=48))
             texts = [normalise(a.text) for a in answers]
             reference = reference or texts
@@ -111,7 +112,7 @@ def _engines(
     if model == "smollm2-qa":
         engines["kvlink:links=5"] = Engine.load("smollm2-kvlink5", "kvlink:links=5", store)
     for number, (name, engine) in enumerate(engines.items()):
-        on_progress(number, len(engines), f"encoding for {name}")
+        on_progress(number * len(asked), 2 * len(engines) * len(asked), f"encoding for {name}")  # one scale with asking
         if engine.strategy.encoding is not None:
             engine.encode(list({d.content: d for s in asked for d in s.documents}.values()) if real else _encoded())
     return engines
