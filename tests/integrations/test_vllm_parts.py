@@ -337,7 +337,7 @@ def held(length: int, seed: int) -> DocumentCache:
     return dataclasses.replace(document, rows=TensorRows(rows))
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 a check failed, 2 the caller's mistake, 3 the store failed
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +23,18 @@ def main() -> None:
     if "stdout" in shut:
         print("error: standard output is closed, so nothing could be shown.", file=sys.stderr)
         sys.exit(USER)
+    signal.signal(
+        signal.SIGINT, _stop_at_once
+    )  # until work begins that can be stopped in an orderly way (`talk.meter`)
     sys.exit(run(sys.argv[1:]))
+
+
+def _stop_at_once(*_: object) -> None:
+    """Ctrl-C while libraries are imported, which swallow a KeyboardInterrupt now and then."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"error: stopped.\n")
+    os._exit(STOPPED)
 
 
 def run(arguments: Sequence[str]) -> int:

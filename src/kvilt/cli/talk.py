@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -120,6 +121,8 @@ def meter(label: str) -> Iterator[Meter]:
     made = Meter(label)
     if made.draws:
         _print(f"{label} ...", end="")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # work can be stopped in an orderly way from here on
     try:
         yield made
     except KeyboardInterrupt:
