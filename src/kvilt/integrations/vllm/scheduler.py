@@ -131,7 +131,8 @@ class KviltScheduler(AsyncScheduler):
         if request_id in self.failed_recving_kv_req_ids:
             part.runs = []
         left = self.max_num_scheduled_tokens - out.total_num_scheduled_tokens
-        seats = self.max_num_running_reqs - len(out.num_scheduled_tokens)
+        virtual = sum(name not in self.requests for name in out.num_scheduled_tokens)
+        seats = self.max_num_running_reqs - len(self.running) - virtual
         self._add(out, request, part.ticket, part.take(left, seats))
         if not part.runs:
             del self._parts[request_id]
@@ -180,8 +181,8 @@ class KviltScheduler(AsyncScheduler):
         hit = [r for r in (*self.running, *waiting) if not invalid_block_ids.isdisjoint(self._blocks(r))]
         self.kv_cache_manager.evict_blocks({block for request in hit for block in self._blocks(request)})
         for request in reversed(hit):  # each goes to the front of the queue
-            if request.num_output_tokens:  # a part of the answer is out: vLLM ends it with an error
-                self.grammar_compile_error_reqs.add(request.request_id)
+            if request.num_output_tokens:  # a part of the answer is out: vLLM ends those of this set with an error
+                self.encoder_cache_mismatch_reqs.add(request.request_id)
             else:
                 self._restart(request)
                 ends.receive_again(request)
