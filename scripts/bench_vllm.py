@@ -63,6 +63,7 @@ class Bench:
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
         self.ends, self.number = self.scheduler.connector.ends, 0
+        self.block = self.scheduler.block_size
         self.index, self.nothing = self.ends.index, Index()
         self.ends.look()
 
@@ -176,19 +177,17 @@ def _round(
         bench.forget()
         measured["vllm cold"] = bench.first(bench.prompt(chosen, f"Cold. {question}"))
         measured["vllm same order"] = bench.first(bench.prompt(chosen, question))
-        measured["vllm shuffled"] = bench.first(bench.prompt(shuffled, question))
+        prompt = bench.prompt(shuffled, question)
+        measured["vllm shuffled"] = bench.first(prompt)
+        for spec, count in computed.items():  # as many tokens as the strategy computes, behind what vLLM holds of the prompt
+            cached = (len(prompt) - count) // bench.block * bench.block
+            other = [i + 1 for i in prompt[cached : cached + count]]
+            measured[f"step of {spec}"] = bench.first([*prompt[:cached], *other])
     for spec in bench.deployments:
         with bench.serving(spec):
             bench.forget()
             measured[spec] = bench.first(bench.prompt(shuffled, question))
             computed[spec] = measured[spec][1]["computed_tokens"]
-        with bench.serving(None):  # a plain step of as many computed tokens behind a cached prompt
-            bench.forget()
-            prompt = bench.prompt(shuffled, question)
-            bench.first(prompt)
-            cached = len(prompt) - computed[spec]
-            other = [i + 1 if i % 2 else i for i in prompt[cached:]]
-            measured[f"step of {spec}"] = bench.first([*prompt[:cached], *other])
     return measured
 
 
