@@ -179,7 +179,10 @@ def _round(
         measured["vllm same order"] = bench.first(bench.prompt(chosen, question))
         prompt = bench.prompt(shuffled, question)
         measured["vllm shuffled"] = bench.first(prompt)
-        for spec, count in computed.items():  # as many tokens as the strategy computes, behind what vLLM holds of the prompt
+        for (
+            spec,
+            count,
+        ) in computed.items():  # as many tokens as the strategy computes, behind what vLLM holds of the prompt
             cached = (len(prompt) - count) // bench.block * bench.block
             other = [i + 1 for i in prompt[cached : cached + count]]
             measured[f"step of {spec}"] = bench.first([*prompt[:cached], *other])

@@ -11,7 +11,9 @@ import pytest
 import torch
 import vllm_kit
 
+from kvilt.rows import adapter
 from kvilt.strategies.wrapper import Wrapper
+from kvilt.types import Adapter
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm.version") else ["test_*.py"]  # this folder is a "vllm", too
 
@@ -33,6 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header, trailer, links = (torch.randn(n, vllm_kit.SHAPE["hidden_size"], generator=made) * 0.4 for n in (8, 8, 3))
     Wrapper(header, trailer).save(folder / "packet.safetensors")
     Wrapper(header, trailer, links=links).save(folder / "linked.safetensors")
+    a, b = torch.randn(3, vllm_kit.SHAPE["hidden_size"], 4, generator=made), torch.randn(3, 4, 64, generator=made) * 0.1
+    adapter.save(Adapter("", {"self_attn.k_proj": (a, b), "self_attn.v_proj": (a, b)}), folder / "writer.safetensors")
     return folder
 
 

@@ -33,18 +33,28 @@ SERVED = [
     ("epic:tokens=17,sink=system", ""),
     ("random:ratio=0.05", ""),
     ("random:ratio=0.3,seed=1", ""),  # more holes than seats: computed in parts
+    ("writer:adapter=WRITER", ""),
     ("ranked", ""),
     ("ranked:ratio=0.3,join=0,sink=none", "int8"),
     ("ape:temperature=1,scale=1", ""),
 ]
-REFUSED = ["full", "cacheblend", "cacheblend:ratio=0.4,stages=3", "a3", "prophetkv", "infoflow", "sam_kv", "ape"]
+REFUSED = [
+    "full",
+    "cacheblend",
+    "cacheblend:ratio=0.4,stages=3",
+    "a3",
+    "prophetkv",
+    "infoflow",
+    "sam_kv",
+    "ape",
+    "query_lora:adapter=WRITER",
+]
 
 
 def named(place: Path, spec: str) -> str:
     """A specification with its files' paths."""
-    files = {"PACKET": "packet.safetensors", "LINKED": "linked.safetensors"}
-    for word, file in files.items():
-        spec = spec.replace(word, str(place / file))
+    for word in ("PACKET", "LINKED", "WRITER"):
+        spec = spec.replace(word, str(place / f"{word.lower()}.safetensors"))
     return spec
 
 
@@ -75,12 +85,12 @@ def test_answers_equal_the_engines(place: Path, reference: Reference, served: Se
 
 
 @pytest.mark.parametrize("spec", REFUSED)
-def test_what_cannot_be_served_is_refused_by_name(served: Served, spec: str) -> None:
+def test_what_cannot_be_served_is_refused_by_name(place: Path, served: Served, spec: str) -> None:
     """Danger: a method that would look at the model first is served as something else."""
     from kvilt.errors import SpecError
 
     with pytest.raises(SpecError, match=spec.partition(":")[0]):
-        served.use(spec)
+        served.use(named(place, spec))
 
 
 @pytest.fixture

@@ -79,9 +79,15 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         from transformers import AutoConfig
 
-        at = loading.beside(loading.folder(source), "config.json")
+        source = loading.folder(source)
+        at = loading.beside(source, "config.json")
         if at is None:
-            raise ModelError(f"model {source!r} is neither a folder nor in the hub's cache.")
+            what = (
+                "an adapter, which vLLM serves merged" if loading.beside(source, "adapter_config.json") else "no model"
+            )
+            raise ModelError(
+                f"{source!r} is {what}: give a folder (or a cached hub name) with config.json and weights."
+            )
         self.folder = at.parent
         config, stated = AutoConfig.from_pretrained(self.folder), identity.config_of(self.folder)
         fit.check_config(config)
