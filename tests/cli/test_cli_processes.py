@@ -22,7 +22,9 @@ def whole(path: Path) -> None:
     store = DiskStore(str(path))
     assert store.verify() == []
     store.gc()
-    assert not [f for f in path.rglob("*.tmp") if f.stat().st_size]  # an empty one may be a writer's that begins: a minute
+    assert not [
+        f for f in path.rglob("*.tmp") if f.stat().st_size
+    ]  # an empty one may be a writer's that begins: a minute
     assert {e.key for e in store.entries()} == {f.stem for f in stored(path)}
     store.close()
 
