@@ -44,10 +44,11 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def by_folder() -> Counter[str]:
-    """Lines of code per top-level file or folder of the package."""
+    """Lines of code per top-level file or folder of the package; stores/remote counts for itself."""
     counts: Counter[str] = Counter()
     for path in PACKAGE.rglob("*.py"):
-        counts[path.relative_to(PACKAGE).parts[0]] += code_lines(path)
+        parts = path.relative_to(PACKAGE).parts
+        counts["stores/remote" if parts[:2] == ("stores", "remote") else parts[0]] += code_lines(path)
     return counts
 
 
