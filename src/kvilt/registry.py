@@ -61,6 +61,9 @@ TABLE: dict[str, dict[str, str]] = {
         "kvzip": "kvilt.compress.press:KVzip",
         "random": "kvilt.compress.press:Random",
     },
+    "retrieve": {
+        "bm25": "kvilt.corpora.retrieval:BM25",
+    },
     "task": {
         "nq": "kvilt.lab.evaluate.tasks.published:NaturalQuestions",
         "2wiki": "kvilt.lab.evaluate.tasks.published:TwoWiki",

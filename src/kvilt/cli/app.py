@@ -30,7 +30,9 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Kind = Annotated[str | None, Argument(metavar="[KIND]", help="strategy, store, compress or task; all if left out.")]
+Kind = Annotated[
+    str | None, Argument(metavar="[KIND]", help="strategy, store, compress, retrieve or task; all if left out.")
+]
 ForModel = Annotated[
     str | None, Argument(metavar="[MODEL]", help="Say which strategies this model can take, and what others lack.")
 ]
@@ -47,6 +49,7 @@ def kvilt(version: Version = False) -> None:
 
 verb(app)(work.encode)
 verb(app, cls=Several)(work.ask)
+verb(app, cls=Several)(work.chat)
 verb(app)(check.verify)
 verb(app)(check.doctor)
 verb(app, context_settings={"ignore_unknown_options": True})(work.vllm)

@@ -19,12 +19,14 @@ from kvilt.cli import talk
 from kvilt.errors import DocumentError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
+    from kvilt.corpora.retrieval import Find
     from kvilt.engine.engine import Engine
     from kvilt.stores.store import Entry, Store
     from kvilt.types import Document
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-DOCS = ".txt, .md or .jsonl files, folders of them, or - for stdin."
+DOCS = "Texts, .md, .jsonl, code, PDF, DOCX or HTML files, folders of them, or - for stdin."
+CHUNK = "Cut documents at sentence ends: tokens=512,overlap=0."
 SHOWN = 3  # skipped files named one by one
 OF_SEVERAL = {"--docs", "-d", "--pick"}  # options that take several values, as in `--docs *.txt`
 
@@ -47,12 +49,12 @@ class Output:
 
     def read(self, paths: Sequence[str], on_bad: Callable[[DocumentError], None] | None = None) -> list[Document]:
         """The documents that paths name; what is skipped is told."""
-        from kvilt.engine.documents import read_documents
+        from kvilt.corpora import readers
 
         skipped: list[str] = []
-        documents = read_documents(paths, skipped.append, on_bad)
+        documents = readers.read(paths, skipped.append, on_bad)
         for path in skipped[:SHOWN]:
-            talk.say(f"skipped {path}: not a .txt, .md or .jsonl file.")
+            talk.say(f"skipped {path}: {readers.why(path)}.")
         if len(skipped) > SHOWN:
             talk.say(f"skipped {len(skipped) - SHOWN} more files.")
         return documents
@@ -136,20 +138,19 @@ class Run(Loaded, Stored):
 
 
 @dataclass(frozen=True)
-class Answering:
-    """What is asked about, and how an answer is generated and given; greedy unless a temperature or a top-p is given."""
+class Asking:
+    """What is asked about, and how an answer is generated; greedy unless a temperature or a top-p is given."""
 
     docs: list[str] | None = option(  # noqa: RUF009 - a field
         None, "--docs", "-d", metavar="PATH...", help="Documents, as for encode; takes several."
     )
     pick: list[str] | None = option(None, metavar="ID...", help="Ids of those to use, in order; takes several.")  # noqa: RUF009
+    chunk: str = option("", metavar="SPEC", help=CHUNK)
+    retrieve: str = option("", metavar="SPEC", help="Answer from the best documents only: bm25:top=8.")
     max_new_tokens: int = option(128, "--max-new-tokens", min=1, help="Longest answer.")
     temperature: float | None = option(None, "--temperature", min=0, help="Sample; 0 is greedy.")
     top_p: float | None = option(None, "--top-p", min=0, max=1, help="Sample from the likeliest tokens.")
     seed: int | None = option(None, "--seed", help="Sample the same answer again.")
-    stream: bool = option(False, "--stream", help="Print the answer while it is generated.")
-    logits: Path | None = option(None, "--logits", help="Write the first token's logits.")  # noqa: RUF009 - a field
-    explain: bool = option(False, "--explain", help="Show the plan of the prompt on stderr.")
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.answer`."""
@@ -157,6 +158,23 @@ class Answering:
         if (self.temperature or (self.temperature is None and self.top_p is not None)) and self.top_p != 0:
             wanted |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         return {name: value for name, value in wanted.items() if value is not None}
+
+    def finder(self, documents: list[Document]) -> Find:
+        """What picks the documents for a question; the index of a single .jsonl file is kept beside it."""
+        if not self.retrieve:
+            return lambda _: documents
+        whole = len(self.docs or ()) == 1 and not (self.pick or self.chunk)
+        beside = Path(self.docs[0]) if self.docs and whole and self.docs[0].endswith(".jsonl") else None
+        return cast("Find", registry.build("retrieve", self.retrieve).over(documents, beside))
+
+
+@dataclass(frozen=True)
+class Answering(Asking):
+    """How an answer is given."""
+
+    stream: bool = option(False, "--stream", help="Print the answer while it is generated.")
+    logits: Path | None = option(None, "--logits", help="Write the first token's logits.")  # noqa: RUF009 - a field
+    explain: bool = option(False, "--explain", help="Show the plan of the prompt on stderr.")
 
 
 def utf8(text: str, what: str) -> str:

@@ -1,7 +1,8 @@
-"""`kvilt encode`, `kvilt ask` and `kvilt vllm`."""
+"""`kvilt encode`, `kvilt ask`, `kvilt chat` and `kvilt vllm`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ from typer import Argument, Option
 
 from kvilt import registry
 from kvilt.cli import USER, show, talk
-from kvilt.cli.options import DOCS, Answering, Run, Stored, option, utf8
+from kvilt.cli.options import CHUNK, DOCS, Answering, Asking, Run, Stored, option, utf8
 from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
 
@@ -29,6 +30,8 @@ STDIN = "-"
 Docs = Annotated[list[str], Argument(metavar="DOCS...", help=DOCS)]
 DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
 TimeToLive = Annotated[float | None, Option(help="Seconds until the caches expire.")]
+Chunk = Annotated[str, Option("--chunk", metavar="SPEC", help=CHUNK)]
+Save = Annotated[Path | None, Option("--save", help="Write what is encoded as JSON lines, to be asked with --docs.")]
 Question = Annotated[
     str, Argument(metavar="[QUESTION]", help="What to answer from the documents; - for stdin, one question a line.")
 ]
@@ -47,15 +50,23 @@ class Served(Stored):
     print_only: bool = option(False, "--print", help="Print the command instead of running it.")
 
 
-def encode(options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None) -> int:
+def encode(
+    options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None, chunk: Chunk = "", save: Save = None
+) -> int:
     """Encode documents and store their caches. A rerun encodes only what is missing."""
     if ttl is not None and not 0 < ttl < math.inf:
         raise UserError(f"--ttl {ttl:g}: a number of seconds above 0.")
+    from kvilt.corpora import chunks
+
+    cut = chunks.cutter(chunk)
     bad: list[str] = []  # every document that cannot be encoded is named, and the exit code says so
     documents = options.read(docs, lambda error: bad.append(str(error)))
     if bad and not documents:
         raise DocumentError(f"nothing to encode: {' '.join(bad)}")
     engine = options.engine()
+    documents = cut(documents, engine.text)
+    if save is not None and not dry_run:
+        chunks.save(documents, save)
     if engine.strategy.encoding is None:
         talk.warn("this strategy reuses nothing: documents are encoded for the plain ones (block, naive, ...).")
     encoder = engine.encoder if ttl is None else dataclasses.replace(engine.encoder, ttl=ttl)
@@ -76,17 +87,13 @@ def _told(meter: talk.Meter, p: Progress) -> None:
 
 def ask(answering: Answering, options: Run, question: Question = STDIN) -> int:
     """Answer a question over documents, reusing their caches."""
-    paths, many = answering.docs or [], question == STDIN
-    _check(question, paths, options.json, answering)
-    documents = options.read(paths)
-    if not documents:
-        raise PromptError("no documents: give some with --docs.")
-    if answering.pick:  # in the order of the ids
-        documents = [_named(documents, name_of(wanted)) for wanted in answering.pick]
-    engine, failed = options.engine(without_store=True), 0
+    many = question == STDIN
+    _check(question, answering.docs or [], options.json, answering)
+    engine, documents = _opened(answering, options)
+    find, failed = answering.finder(documents), 0
     for asked in _lines() if many else [question]:
         try:
-            _answer(engine, asked, documents, options.json, answering, many)
+            _answer(engine, asked, find(asked), options.json, answering, many)
         except PromptError as error:
             if not many:
                 raise
@@ -95,6 +102,48 @@ def ask(answering: Answering, options: Run, question: Question = STDIN) -> int:
             show.out(options.json, {"question": asked, "error": str(error)}, [""])
         sys.stdout.flush()
     return USER if failed else 0
+
+
+def chat(asking: Asking, options: Run) -> int:
+    """Ask over documents in several turns. What begins with / is a command; /help lists them."""
+    if STDIN in (asking.docs or []):
+        raise UserError("questions come from standard input: give documents as files.")
+    from kvilt.corpora.chat import Chat
+
+    engine, documents = _opened(asking, options)
+    show_piece = functools.partial(print, end="", flush=True)
+    by_hand = sys.stdin.isatty()
+    made = Chat(
+        engine, documents, asking.finder(documents), lambda piece: show_piece(_terminal(piece)), talk.say, talk.fail,
+        asking.settings(), options.json, by_hand,
+    )  # fmt: skip
+    if by_hand:
+        talk.say(f"{len(documents):,} documents; /help lists commands, Ctrl-D ends.")
+    failed = made.run(_typed() if by_hand else _lines())
+    return USER if failed and not by_hand else 0
+
+
+def _typed() -> Iterator[str]:
+    """Lines as they are typed, with history and editing where the system has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - `input` uses it
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def _opened(asking: Asking, options: Run) -> tuple[Engine, list[Document]]:
+    """The engine, and the documents that are asked about."""
+    from kvilt.corpora import chunks
+
+    cut, _ = chunks.cutter(asking.chunk), asking.retrieve and registry.build("retrieve", asking.retrieve)  # mistakes
+    documents = options.read(asking.docs or [])
+    if not documents:
+        raise PromptError("no documents: give some with --docs.")
+    if asking.pick:  # in the order of the ids
+        documents = [_named(documents, name_of(wanted)) for wanted in asking.pick]
+    engine = options.engine(without_store=True)
+    return engine, cut(documents, engine.text)
 
 
 def _check(question: str, paths: Sequence[str], as_json: bool, wanted: Answering) -> None:
@@ -141,7 +190,8 @@ def _answer(
         _write_logits(answer, wanted.logits)
     text = " ".join(answer.text.split()) if many else answer.text  # a line for a line
     if as_json:
-        show.out(True, {"question": question, **answer.as_dict()}, ())
+        used = {"documents": [d.id for d in documents]} if wanted.retrieve else {}
+        show.out(True, {"question": question, **used, **answer.as_dict()}, ())
     elif not wanted.stream:
         print(_terminal(text))
     talk.say(show.usage(answer))

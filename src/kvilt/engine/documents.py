@@ -17,13 +17,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from kvilt.errors import DocumentError
 from kvilt.rows.files import json_object, name_of
 from kvilt.types import Document
 
+Readers = Mapping[str, Callable[[str], Document]]  # of files of other kinds: a suffix, and what makes a path a document
 STDIN = "-"
 SUFFIXES = (".txt", ".md", ".jsonl")
+CONVERT = "convert it to text first (PDF, DOCX and HTML are read with: pip install 'kvilt[files]')"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LONGEST_NAME = 4096  # characters of a title or an id
 
@@ -34,13 +37,15 @@ def read_documents(
     paths: Sequence[str],
     on_skip: Callable[[str], None] = lambda path: None,
     on_bad: Callable[[DocumentError], None] | None = None,
+    others: Readers = MappingProxyType({}),
 ) -> list[Document]:
     """Every document that the paths name, in their order; `on_skip` hears of files in folders that are no documents.
 
+    `others` reads files of further kinds (`kvilt.corpora.readers` has PDF, DOCX, HTML and code).
     Raises DocumentError for what cannot be read, naming the file and the line or byte; with `on_bad`, that hears of it
     instead and the other documents are read."""
     documents = []
-    for item in (item for path in paths for item in _read(path, on_skip)):
+    for item in (item for path in paths for item in _read(path, on_skip, others)):
         if isinstance(item, Document):
             documents.append(item)
         elif on_bad is None:
@@ -48,25 +53,25 @@ def read_documents(
         else:
             on_bad(item)
     if paths and not documents and on_bad is None:
-        raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join(SUFFIXES)} files.")
+        raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join((*SUFFIXES, *others))} files.")
     return documents
 
 
-def _read(path: str, on_skip: Callable[[str], None]) -> Found:
+def _read(path: str, on_skip: Callable[[str], None], others: Readers) -> Found:
     if path == STDIN:
         yield from _stdin(sys.stdin.buffer.read())
     elif os.path.isdir(path):
-        for file in _walk(path, on_skip):
-            yield from _file(file)
+        for file in _walk(path, (*SUFFIXES, *others), on_skip):
+            yield from _file(file, others)
     elif not os.path.exists(path):
         raise DocumentError(f"no such file or folder: {path}.")
-    elif not _is_document(path):
-        raise DocumentError(f"{path} is none of {', '.join(SUFFIXES)}: convert it to text first.")
+    elif not path.lower().endswith((*SUFFIXES, *others)):
+        raise DocumentError(f"{path} is none of {', '.join(SUFFIXES)}: {CONVERT}.")
     else:
-        yield from _file(path)
+        yield from _file(path, others)
 
 
-def _walk(folder: str, on_skip: Callable[[str], None]) -> Iterator[str]:
+def _walk(folder: str, suffixes: tuple[str, ...], on_skip: Callable[[str], None]) -> Iterator[str]:
     """Documents in a folder and below, sorted; hidden files and folders are passed over."""
 
     def refuse(error: OSError) -> None:
@@ -76,24 +81,22 @@ def _walk(folder: str, on_skip: Callable[[str], None]) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             path = os.path.join(root, name)
-            if _is_document(name):
+            if name.lower().endswith(suffixes):
                 yield path
             else:
                 on_skip(path)
 
 
-def _is_document(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _file(path: str) -> Found:
+def _file(path: str, others: Readers) -> Found:
     kind = path.lower().rpartition(".")[2]
     try:
         if not os.path.isfile(path):  # a pipe would be waited for without end
             raise DocumentError(f"{path} is no regular file.")
-        text, name = _decode(Path(path).read_bytes(), path), name_of(path)
-        title, text = _heading(text) if kind == "md" else (None, text)
-        return _lines(text, name) if kind == "jsonl" else iter([_document(text, title, name, path)])
+        if read := others.get(f".{kind}"):
+            return iter([read(path)])
+        text, name = decode(Path(path).read_bytes(), path), name_of(path)
+        title, text = heading(text) if kind == "md" else (None, text)
+        return _lines(text, name) if kind == "jsonl" else iter([document(text, title, name, path)])
     except OSError as error:
         return iter([DocumentError(f"cannot read {path}: {error.strerror}.")])
     except DocumentError as error:
@@ -101,16 +104,17 @@ def _file(path: str) -> Found:
 
 
 def _stdin(data: bytes) -> Found:
-    text = _decode(data, "standard input")
+    text = decode(data, "standard input")
     first = next((line for line in text.split("\n") if line.strip()), "")
     try:
         is_lines = "text" in dict(json.loads(first))
     except (ValueError, TypeError, RecursionError):
         is_lines = False
-    yield from _lines(text, "stdin") if is_lines else [_document(text, None, "stdin", "standard input")]
+    yield from _lines(text, "stdin") if is_lines else [document(text, None, "stdin", "standard input")]
 
 
-def _decode(data: bytes, where: str) -> str:
+def decode(data: bytes, where: str) -> str:
+    """A file's text. Raises DocumentError where it is binary or no UTF-8."""
     if data.startswith(UTF16):
         raise DocumentError(f"{where} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
     if (at := data.find(b"\0")) >= 0:
@@ -123,7 +127,7 @@ def _decode(data: bytes, where: str) -> str:
         raise DocumentError(f"{where} is not UTF-8 ({what}). Convert it: iconv -f ENCODING -t UTF-8.") from error
 
 
-def _heading(text: str) -> tuple[str | None, str]:
+def heading(text: str) -> tuple[str | None, str]:
     """Title and text of a Markdown file: a heading in the first line that is not blank, if there is text after it."""
     first, _, rest = text.lstrip().partition("\n")
     marks, space, title = first.partition(" ")
@@ -157,10 +161,11 @@ def document_of(value: object, where: str, name: str | None = None) -> Document:
         raise DocumentError(f"{where}: the title must be a text, not {title!r}.")
     if not isinstance(called, str | int | None) or isinstance(called, bool):
         raise DocumentError(f"{where}: the id must be a text or a number, not {called!r}.")
-    return _document(fields["text"], title or None, name if called in (None, "") else str(called), where)
+    return document(fields["text"], title or None, name if called in (None, "") else str(called), where)
 
 
-def _document(text: str, title: str | None, name: str | None, where: str) -> Document:
+def document(text: str, title: str | None, name: str | None, where: str) -> Document:
+    """The document of a checked text. Raises DocumentError where it cannot be one."""
     if not text.strip():
         raise DocumentError(f"{where} is empty. Leave it out, or give it a text.")
     if max(len(title or ""), len(name or "")) > LONGEST_NAME:

@@ -1,0 +1,1 @@
+"""Corpora: documents as people have them, in any number."""
