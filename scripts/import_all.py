@@ -9,11 +9,10 @@ import kvilt
 
 OPTIONAL = ("matplotlib", "peft", "accelerate", "datasets", "rouge_score", "llmlingua")
 
-WITH_VLLM = [
-    f"kvilt.integrations.vllm.{name}" for name in ("connector", "scheduler", "endpoints")
-]  # its own base classes
+OTHERS = [f"kvilt.integrations.vllm.{name}" for name in ("connector", "scheduler", "endpoints")]
+OTHERS += ["kvilt.integrations.langchain", "kvilt.integrations.llama_index"]  # classes of other packages, made more of
 
-names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.") if m.name not in WITH_VLLM]
+names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.") if m.name not in OTHERS]
 for name in names:
     importlib.import_module(name)
 present = [p for p in OPTIONAL if importlib.util.find_spec(p)]

@@ -1,0 +1,145 @@
+"""Two ways to a model for the frameworks' adapters: an engine in this process, or a server by its address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvilt.corpora.chat import spoken
+from kvilt.errors import MissingExtra, PromptError, UserError
+from kvilt.types import Answer, Document
+
+if TYPE_CHECKING:
+    from kvilt.engine.engine import Engine
+
+Chat = Sequence[tuple[str, str]]  # (role, text), the question last
+HELD = 4096  # tokens of a context, where a server does not say
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer's end: its whole text, how many tokens went in (of them from caches) and came out, and Kvilt's own usage."""
+
+    text: str
+    prompt: int
+    reused: int
+    generated: int
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+class Door(Protocol):
+    """What an adapter asks for."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+
+    def encode(self, documents: Sequence[Document]) -> None:
+        """Encode what is not stored yet, ahead of any question."""
+
+    def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
+        """Pieces of the answer, and the Reply last; settings are `max_tokens`, `temperature`, `top_p`, `seed`, `stop`."""
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """An engine in this process."""
+
+    engine: Engine
+
+    @property
+    def context(self) -> int:
+        return self.engine.model.context_length
+
+    def encode(self, documents: Sequence[Document]) -> None:
+        self.engine.encode(documents)
+
+    def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
+        system, question = _question(chat)
+        given = self.engine.stream(question, documents, system=system, allow_empty=True, **_sampling(settings))
+        for piece in given:
+            yield _reply(piece) if isinstance(piece, Answer) else piece
+
+
+@dataclass(frozen=True)
+class OverHTTP:
+    """A server: `kvilt serve`, or vLLM with Kvilt's plugin."""
+
+    base_url: str
+    model: str = ""
+    api_key: str = ""
+    context: int = HELD
+
+    def encode(self, documents: Sequence[Document]) -> None:
+        self._client().post("/documents", body={"documents": list(map(_written, documents))}, cast_to=object)
+
+    def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
+        client = self._client()
+        text, usage = "", None
+        given = client.chat.completions.create(
+            model=self.model or next(iter(client.models.list())).id,
+            messages=[{"role": role, "content": said} for role, said in chat],
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"documents": list(map(_written, documents))} if documents else None,
+            **settings,
+        )
+        with given:
+            for chunk in given:
+                usage = chunk.usage or usage
+                for piece in (choice.delta.content for choice in chunk.choices if choice.delta.content):
+                    text += piece
+                    yield piece
+        told = usage.model_dump() if usage else {}
+        reused = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        yield Reply(text, told.get("prompt_tokens", 0), reused, told.get("completion_tokens", 0), told)
+
+    def _client(self) -> Any:
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise MissingExtra("openai", "langchain") from error
+        return OpenAI(base_url=self.base_url, api_key=self.api_key or "none")
+
+
+def door(engine: Engine | None, base_url: str | None, model: str, api_key: str, **more: Any) -> Door:
+    """The way that is given: an engine, a server's address, or a model to be loaded. Raises UserError."""
+    if (engine is not None) + bool(base_url) > 1:
+        raise UserError("give an engine or a base_url, not both.")
+    if base_url:
+        return OverHTTP(base_url, model, api_key)
+    if engine is None and not model:
+        raise UserError("give a model, an engine or the base_url of a server.")
+    if engine is None:
+        from kvilt.engine.engine import Engine
+
+        engine = Engine.load(model, **more)
+    return InProcess(engine)
+
+
+def _question(chat: Chat) -> tuple[str | None, str]:
+    """System text and question, with what was said before in front of it. Raises PromptError."""
+    system = "\n\n".join(text for role, text in chat if role == "system") or None
+    said = [(role, text) for role, text in chat if role != "system"]
+    if [role for role, _ in said] != [("user", "assistant")[n % 2] for n in range(len(said))] or len(said) % 2 == 0:
+        raise PromptError("a chat goes user, assistant, user, ... and ends with the user.")
+    turns = [(asked, answered) for (_, asked), (_, answered) in zip(said[:-1:2], said[1::2], strict=True)]
+    return system, spoken(turns, said[-1][1])
+
+
+def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under the names of `Engine.answer`; greedy where neither temperature nor top_p is given."""
+    names = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
+    return {names.get(name, name): value for name, value in settings.items() if value is not None}
+
+
+def _reply(answer: Answer) -> Reply:
+    u = answer.usage
+    prompt = u.reused_tokens + u.computed_tokens
+    return Reply(answer.text, prompt, u.reused_tokens, u.generated_tokens, answer.as_dict())
+
+
+def _written(document: Document) -> dict[str, str]:
+    fields = {"text": document.text, "title": document.title, "id": document.id}
+    return {name: value for name, value in fields.items() if value}
