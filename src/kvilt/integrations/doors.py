@@ -50,12 +50,15 @@ class InProcess:
 
     @property
     def context(self) -> int:
+        """Of the model."""
         return self.engine.model.context_length
 
     def encode(self, documents: Sequence[Document]) -> None:
+        """Into the engine's store."""
         self.engine.encode(documents)
 
     def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
+        """From the engine; one that is not read to its end stops."""
         system, question = _question(chat)
         given = self.engine.stream(question, documents, system=system, allow_empty=True, **_sampling(settings))
         for piece in given:
@@ -72,9 +75,11 @@ class OverHTTP:
     context: int = HELD
 
     def encode(self, documents: Sequence[Document]) -> None:
+        """Into the server's store."""
         self._client().post("/documents", body={"documents": list(map(_written, documents))}, cast_to=object)
 
     def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
+        """From the server; one that is not read to its end is hung up on."""
         client = self._client()
         text, usage = "", None
         given = client.chat.completions.create(
