@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-qa
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types trace minimal vllm bench clean
+.PHONY: demo services test lint types trace minimal vllm bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready
 	$(BIN)/kvilt demo --model $(MODEL)
+
+# What some tests start: a Redis server, and a browser with its driver. Debian's packages, where a command is missing.
+services:
+	@command -v redis-server >/dev/null && command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { apt-get update -q && apt-get install -q -y --no-install-recommends redis-server chromium chromium-driver; }
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -19,7 +19,6 @@ from kvilt.cli import talk
 from kvilt.errors import DocumentError, StoreUnavailable, UserError
 
 if TYPE_CHECKING:
-    from kvilt.corpora.retrieval import Find
     from kvilt.engine.engine import Engine
     from kvilt.stores.store import Entry, Store
     from kvilt.types import Document
@@ -158,14 +157,6 @@ class Asking:
         if (self.temperature or (self.temperature is None and self.top_p is not None)) and self.top_p != 0:
             wanted |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         return {name: value for name, value in wanted.items() if value is not None}
-
-    def finder(self, documents: list[Document]) -> Find:
-        """What picks the documents for a question; the index of a single .jsonl file is kept beside it."""
-        if not self.retrieve:
-            return lambda _: documents
-        whole = len(self.docs or ()) == 1 and not (self.pick or self.chunk)
-        beside = Path(self.docs[0]) if self.docs and whole and self.docs[0].endswith(".jsonl") else None
-        return cast("Find", registry.build("retrieve", self.retrieve).over(documents, beside))
 
 
 @dataclass(frozen=True)

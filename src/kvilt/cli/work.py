@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +20,7 @@ from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
 
 if TYPE_CHECKING:
+    from kvilt.corpora.retrieval import Find
     from kvilt.engine.encoder import Progress
     from kvilt.engine.engine import Engine
     from kvilt.types import Answer, Document
@@ -89,8 +89,8 @@ def ask(answering: Answering, options: Run, question: Question = STDIN) -> int:
     """Answer a question over documents, reusing their caches."""
     many = question == STDIN
     _check(question, answering.docs or [], options.json, answering)
-    engine, documents = _opened(answering, options)
-    find, failed = answering.finder(documents), 0
+    engine, _, find = _opened(answering, options)
+    failed = 0
     for asked in _lines() if many else [question]:
         try:
             _answer(engine, asked, find(asked), options.json, answering, many)
@@ -108,33 +108,19 @@ def chat(asking: Asking, options: Run) -> int:
     """Ask over documents in several turns. What begins with / is a command; /help lists them."""
     if STDIN in (asking.docs or []):
         raise UserError("questions come from standard input: give documents as files.")
-    from kvilt.corpora.chat import Chat
+    from kvilt.corpora.chat import Chat, typed
 
-    engine, documents = _opened(asking, options)
-    show_piece = functools.partial(print, end="", flush=True)
-    by_hand = sys.stdin.isatty()
-    made = Chat(
-        engine, documents, asking.finder(documents), lambda piece: show_piece(_terminal(piece)), talk.say, talk.fail,
-        asking.settings(), options.json, by_hand,
-    )  # fmt: skip
+    opened, by_hand = _opened(asking, options), sys.stdin.isatty()
+    made = Chat(*opened, _shown, talk.say, talk.fail, asking.settings(), options.json, by_hand)
     if by_hand:
-        talk.say(f"{len(documents):,} documents; /help lists commands, Ctrl-D ends.")
-    failed = made.run(_typed() if by_hand else _lines())
+        talk.say(f"{len(made.documents):,} documents; /help lists commands, Ctrl-D ends.")
+    failed = made.run(typed() if by_hand else _lines())
     return USER if failed and not by_hand else 0
 
 
-def _typed() -> Iterator[str]:
-    """Lines as they are typed, with history and editing where the system has them."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - `input` uses it
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> ")
-
-
-def _opened(asking: Asking, options: Run) -> tuple[Engine, list[Document]]:
-    """The engine, and the documents that are asked about."""
-    from kvilt.corpora import chunks
+def _opened(asking: Asking, options: Run) -> tuple[Engine, list[Document], Find]:
+    """The engine, the documents that are asked about, and what finds those for a question."""
+    from kvilt.corpora import chunks, retrieval
 
     cut, _ = chunks.cutter(asking.chunk), asking.retrieve and registry.build("retrieve", asking.retrieve)  # mistakes
     documents = options.read(asking.docs or [])
@@ -143,7 +129,9 @@ def _opened(asking: Asking, options: Run) -> tuple[Engine, list[Document]]:
     if asking.pick:  # in the order of the ids
         documents = [_named(documents, name_of(wanted)) for wanted in asking.pick]
     engine = options.engine(without_store=True)
-    return engine, cut(documents, engine.text)
+    documents = cut(documents, engine.text)
+    read = () if asking.pick or asking.chunk else asking.docs or ()
+    return engine, documents, retrieval.finder(asking.retrieve, documents, read)
 
 
 def _check(question: str, paths: Sequence[str], as_json: bool, wanted: Answering) -> None:
@@ -205,9 +193,13 @@ def _streamed(engine: Engine, question: str, documents: list[Document], **settin
     """The answer, printed while it is generated."""
     pieces = engine.stream(question, documents, **settings)
     while isinstance(piece := next(pieces), str):
-        print(_terminal(piece), end="", flush=True)
+        _shown(piece)
     print()
     return piece
+
+
+def _shown(piece: str) -> None:
+    print(_terminal(piece), end="", flush=True)
 
 
 def _terminal(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,15 @@ class Chat:
     def _new(self, _: str) -> None:
         self.turns.clear()
         self.tell("a new conversation.")
+
+
+def typed() -> Iterator[str]:
+    """Lines as somebody types them, with history and editing where the system has them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - `input` uses it
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
 
 
 def spoken(turns: Sequence[tuple[str, str]], question: str) -> str:

@@ -55,6 +55,8 @@ def _rich(path: str) -> Document:
     try:
         made = _converter().convert_local(path)
     except Exception as error:  # of many libraries, for broken files
+        if "MissingDependency" in str(error):  # MarkItDown itself is there, what reads this format is not
+            raise DocumentError(f"{path}: {MissingExtra('what reads it', 'files')}") from error
         told = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise DocumentError(f"{path} cannot be converted to text: {told}") from error
     own, whole = " ".join((made.title or "").split()), made.markdown.strip()

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from kvilt import registry
 from kvilt.errors import MissingExtra, PromptError, SpecError
 from kvilt.types import Document, digest_of
 
@@ -79,6 +80,16 @@ class BM25:
             with contextlib.suppress(OSError):  # then it is made again each time
                 _keep(index, kept)
         return index
+
+
+def finder(spec: str, documents: list[Document], paths: Sequence[str] = ()) -> Find:
+    """What a specification finds among documents, all of them where it is empty.
+
+    Where they were read from one .jsonl file alone, the index is kept beside it. Raises SpecError, MissingExtra."""
+    if not spec:
+        return lambda question: documents
+    beside = Path(paths[0]) if len(paths) == 1 and paths[0].endswith(".jsonl") else None
+    return cast("Find", registry.build("retrieve", spec).over(documents, beside))
 
 
 def _keep(index: Any, place: Path) -> None:
