@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 import kvilt.cli
 import kvilt.cli.app
-import kvilt.engine.documents
+import kvilt.corpora.files
 import kvilt.engine.engine
 import kvilt.stores.disk
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cli_kit import data, run, write_documents
-from kvilt.engine.documents import read_documents
+from kvilt.corpora.files import read_documents
 from kvilt.engine.engine import Engine
 from kvilt.strategies.wrapper import Wrapper
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvilt.engine.documents import read_documents
+from kvilt.corpora.files import read_documents
 from kvilt.errors import DocumentError
 from kvilt.types import Document
 

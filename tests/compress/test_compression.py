@@ -13,6 +13,7 @@ import zoo
 from core_kit import DOCUMENTS, MATRIX, QUESTION, ask, engine_of, off, store_of, text_format, wrapper_file
 from kvilt.check import gates
 from kvilt.compress.base import Compression
+from kvilt.corpora.estimate import dry_run
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.model.model import Model
@@ -132,12 +133,12 @@ def test_usage_and_reports_count_what_is_stored(compress: str, tmp_path: Path) -
     plain = engine_of("block:sink=4")
     engine = engine_of("block:sink=4", store_of(f"disk:path={tmp_path}"), compress=compress)
     documents = [Document(d.text * 9, d.title, d.id) for d in DOCUMENTS]
-    foreseen = engine.encoder.dry_run(documents, sample=3)
+    foreseen = dry_run(engine.encoder, documents, sample=3)
     done = engine.encode(documents)
     caches = engine.store.get_many([i.key for i in engine.encoder.items(documents)])
     assert done.bytes == sum(c.nbytes for c in caches if c is not None)
     assert foreseen.bytes == pytest.approx(done.bytes, rel=0.02)
-    assert done.bytes < 0.75 * plain.encoder.dry_run(documents).bytes
+    assert done.bytes < 0.75 * dry_run(plain.encoder, documents).bytes
     stored = [e for e in engine.store.entries() if e.title != "system"]
     assert len(stored) == 3
     assert sum(e.bytes for e in stored) - done.bytes < 3 * 20000

@@ -25,6 +25,7 @@ from core_kit import (
     rows_of,
     store_of,
 )
+from kvilt.corpora.estimate import dry_run
 from kvilt.engine.engine import Engine
 from kvilt.errors import SpecError
 from kvilt.plan import Plan, Segment
@@ -135,7 +136,7 @@ def test_stored_anchors_come_back_as_they_were(tmp_path: Path) -> None:
         [*DOCUMENTS, Document("A river.", title="A title of many tokens")],
     )
     engine = engine_of(spec, store_of(f"disk:path={tmp_path}"))
-    guess, stored = engine.encoder.dry_run(titled).bytes, engine.encode(titled).bytes
+    guess, stored = dry_run(engine.encoder, titled).bytes, engine.encode(titled).bytes
     assert guess == pytest.approx(stored, rel=0.05)
     again = Engine(engine.model, engine.text, Anchors(1, 8, 2), store_of(f"disk:path={tmp_path}"))
     answer = again.answer(QUESTION, titled, max_new_tokens=2)

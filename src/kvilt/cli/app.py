@@ -47,7 +47,7 @@ def kvilt(version: Version = False) -> None:
     """Encode every document once, alone, and reuse its KV cache in any prompt."""
 
 
-verb(app)(work.encode)
+verb(app, cls=Several)(work.encode)
 verb(app, cls=Several)(work.ask)
 verb(app, cls=Several)(work.chat)
 verb(app)(check.verify)

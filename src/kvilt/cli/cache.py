@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
 from kvilt.cli import FAILED, show, talk
 from kvilt.cli.options import Stored, group, verb
-from kvilt.errors import UserError
-from kvilt.rows.files import name_of
-from kvilt.stores.sizes import show_size
-
-if TYPE_CHECKING:
-    from kvilt.stores.store import Entry
-
-SHORTEST = 4  # characters of a key that are worth looking up
+from kvilt.corpora import tidy
+from kvilt.stores.sizes import parse_size, show_size
 
 app = group("Look at a store and tidy it.")
 
@@ -26,20 +19,26 @@ Keys = Annotated[list[str] | None, Argument(metavar="[KEYS...]", help="Titles, o
 VARIANT = "Where a title is stored several times: which dtype, encoding, compression or namespace, or all."
 Variant = Annotated[str, Option(help=VARIANT)]
 Release = Annotated[bool, Option("--release", help="Unpin instead.")]
+Sort = Annotated[str, Option(help="size, used, hits (most first) or age (oldest first, as without).")]
+Budget = Annotated[str | None, Option(metavar="SIZE", help="Keep this much: 20GB.")]
+Unused = Annotated[str | None, Option(metavar="TIME", help="Delete what was not used for so long: 30d, 12h.")]
+Digest = Annotated[str, Option(metavar="DIGEST", help="Delete what this model made (kvilt cache du shows digests).")]
+Keep = Annotated[str, Option("--keep", help="Within the budget keep what was used last, or has most hits.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only say what would go.")]
 Everything = Annotated[bool, Option("--all", help="All of them; with --namespace all of those.")]
 
 
 @verb(app)
-def ls(options: Stored) -> None:
+def ls(options: Stored, sort: Sort = "") -> None:
     """List the stored documents, oldest first; with --namespace only those."""
-    entries = list(options.entries())
+    entries = tidy.ordered(options.entries(), sort)
     show.out(options.json, [asdict(e) for e in entries], show.entries(entries))
 
 
 @verb(app, "show")
 def show_(options: Stored, key: Key, variant: Variant = "") -> None:
     """Show one stored document and what it was made by."""
-    for entry in _matching(list(options.entries()), key, variant):
+    for entry in tidy.matching(list(options.entries()), key, variant):
         show.out(options.json, asdict(entry), show.entry(entry))
 
 
@@ -47,9 +46,35 @@ def show_(options: Stored, key: Key, variant: Variant = "") -> None:
 def rm(options: Stored, keys: Keys = None, everything: Everything = False, variant: Variant = "") -> None:
     """Delete stored documents. Nothing is lost but the time to encode them again."""
     store = options.open_store()
-    removed = [e for e in _chosen(options.entries(), keys, everything, variant) if store.delete(e.key)]
+    removed = [e for e in tidy.named(list(options.entries()), keys, everything, variant) if store.delete(e.key)]
     data = {"removed": len(removed), "freed_bytes": sum(e.bytes for e in removed)}
     show.out(options.json, data, [f"{len(removed):,} removed, {show_size(data['freed_bytes'])} freed"])
+
+
+@verb(app)
+def du(options: Stored) -> None:
+    """Show what documents of each model, dtype, encoding, compression and namespace take, the most first."""
+    held = tidy.shares(options.entries())
+    show.out(options.json, [asdict(share) for share in held], show.shares(held))
+
+
+@verb(app)
+def prune(
+    options: Stored,
+    budget: Budget = None,
+    unused: Unused = None,
+    model: Digest = "",
+    keep: Keep = "used",
+    dry_run: DryRun = False,
+) -> None:
+    """Delete documents of a model, unused ones, or what is over a size. Pinned ones stay."""
+    oldest = tidy.parse_span(unused) if unused else None
+    going = tidy.surplus(options.entries(), parse_size(budget, "--budget"), oldest, model, keep)
+    store = options.open_store()
+    gone = going if dry_run else [e for e in going if store.delete(e.key)]
+    data = {"removed": len(gone), "freed_bytes": sum(e.bytes for e in gone), "dry_run": dry_run}
+    what = "would be removed" if dry_run else "removed"
+    show.out(options.json, data, [f"{len(gone):,} {what}, {show_size(data['freed_bytes'])} freed"])
 
 
 @verb(app)
@@ -58,7 +83,7 @@ def pin(
 ) -> None:
     """Keep documents from eviction and expiry."""
     store, name = options.open_store(), "unpinned" if release else "pinned"
-    done = sum(store.pin(e.key, not release) for e in _chosen(options.entries(), keys, everything, variant))
+    done = sum(store.pin(e.key, not release) for e in tidy.named(list(options.entries()), keys, everything, variant))
     show.out(options.json, {name: done}, [f"{done:,} {name}"])
 
 
@@ -87,23 +112,3 @@ def gc(options: Stored) -> None:
     """Delete expired documents, leftovers of killed writers, and what is over budget; bring the catalogue up to date."""
     freed = options.open_store().gc()
     show.out(options.json, {"freed_bytes": freed}, [f"{show_size(freed)} freed"])
-
-
-def _chosen(entries: Iterable[Entry], keys: list[str] | None, everything: bool, variant: str) -> list[Entry]:
-    if bool(keys) == everything:
-        raise UserError("say which documents: titles, beginnings of keys, or --all.")
-    stored = list(entries)
-    return stored if everything else [entry for key in keys or [] for entry in _matching(stored, key, variant)]
-
-
-def _matching(entries: list[Entry], wanted: str, variant: str) -> list[Entry]:
-    """The document with this title or beginning of a key; of several variants the one that is meant, or all."""
-    wanted = name_of(wanted)
-    called = [e for e in entries if e.title == wanted or (len(wanted) >= SHORTEST and e.key.startswith(wanted))]
-    if not called:
-        raise UserError(f"no stored document is called {wanted!r} or has a key that begins so. See: kvilt cache ls.")
-    meant = [e for e in called if variant in ("", "all") or any(v.startswith(variant) for v in show.variant(e))]
-    if len(meant) == 1 or (meant and variant == "all"):
-        return meant
-    listed = "; ".join(" ".join((e.key[:12], *show.variant(e))) for e in called)
-    raise UserError(f"{len(called)} documents match {wanted!r}: {listed}. Give a key, or --variant, or --variant all.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ CHUNK = "Cut documents at sentence ends: tokens=512,overlap=0."
 SHOWN = 3  # skipped files named one by one
 OF_SEVERAL = {"--docs", "-d", "--pick"}  # options that take several values, as in `--docs *.txt`
 
+ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+").fullmatch  # of a Ray cluster
+
 Verb = Callable[..., int | None]
 _opened: list[Store] = []  # by the verb that runs
 
@@ -46,12 +49,14 @@ class Output:
     quiet: bool = option(False, "--quiet", "-q", help="Say nothing on stderr but errors.")
     verbose: bool = option(False, "--verbose", "-v", help="Show what the libraries say, too.")
 
-    def read(self, paths: Sequence[str], on_bad: Callable[[DocumentError], None] | None = None) -> list[Document]:
+    def read(
+        self, paths: Sequence[str], on_bad: Callable[[DocumentError], None] | None = None, columns: str = ""
+    ) -> list[Document]:
         """The documents that paths name; what is skipped is told."""
-        from kvilt.corpora import readers
+        from kvilt.corpora import readers, sources
 
         skipped: list[str] = []
-        documents = readers.read(paths, skipped.append, on_bad)
+        documents = sources.read_all(paths, skipped.append, on_bad, columns)
         for path in skipped[:SHOWN]:
             talk.say(f"skipped {path}: {readers.why(path)}.")
         if len(skipped) > SHOWN:
@@ -239,8 +244,10 @@ def spread(arguments: Sequence[str]) -> Iterator[str]:
 
 
 class Several(TyperCommand):
-    """A command in which the options OF_SEVERAL take several values."""
+    """A command in which the options OF_SEVERAL take several values, and --ray an address or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse with repeated options written out."""
-        return super().parse_args(ctx, list(spread(args)))
+        """Parse with repeated options and missing addresses written out."""
+        following = [*args[1:], ""]
+        full = [f"{a}=local" if a == "--ray" and not ADDRESS(b) else a for a, b in zip(args, following, strict=True)]
+        return super().parse_args(ctx, list(spread(full)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvilt.cli.talk import shown, span
+from kvilt.corpora.tidy import variant
 from kvilt.stores.sizes import show_size
 
 if TYPE_CHECKING:
     from kvilt.check.doctor import Diagnosis
+    from kvilt.corpora.tidy import Share
     from kvilt.engine.encoder import EncodeReport
     from kvilt.plan import Plan
     from kvilt.stores.store import Entry, StoreStats
@@ -77,17 +78,6 @@ def plan(plan: Plan, names: Sequence[str], strategy: str) -> Iterator[str]:
     return table(("segment", "start>", "tokens>", "reused>", "computed>", strategy), rows)
 
 
-def variant(stored: Entry) -> tuple[str, str, str, str]:
-    """What tells several copies of one document apart: dtype, encoding, compression, namespace."""
-    encoding, compression = stored.fields.get("encoding", ""), stored.fields.get("compression", "")
-    return stored.fields.get("dtype", ""), short(encoding), compression or "none", stored.namespace
-
-
-def short(text: str) -> str:
-    """A text in which digests are cut to what people compare."""
-    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text)
-
-
 def entries(stored: Iterable[Entry]) -> Iterator[str]:
     """Stored documents."""
     heads = ("key", "title", "tokens>", "size>", "hits>", "used", "", "dtype", "encoding", "compression", "namespace")
@@ -96,6 +86,28 @@ def entries(stored: Iterable[Entry]) -> Iterator[str]:
          *variant(e))
         for e in stored
     ]  # fmt: skip
+    return table(heads, rows)
+
+
+def shares(held: Iterable[Share]) -> Iterator[str]:
+    """What documents of each kind take."""
+    heads = (
+        "size>",
+        "documents>",
+        "tokens>",
+        "hits>",
+        "used",
+        "model",
+        "dtype",
+        "encoding",
+        "compression",
+        "namespace",
+    )
+    kinds = ("model", "dtype", "encoding", "compression", "namespace")
+    rows = [
+        (show_size(s.bytes), f"{s.documents:,}", f"{s.tokens:,}", s.hits, ago(s.used), *(getattr(s, k) for k in kinds))
+        for s in held
+    ]
     return table(heads, rows)
 
 

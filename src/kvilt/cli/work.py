@@ -20,12 +20,14 @@ from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
 
 if TYPE_CHECKING:
+    from kvilt.corpora.estimate import Estimate
     from kvilt.corpora.retrieval import Find
-    from kvilt.engine.encoder import Progress
+    from kvilt.engine.encoder import EncodeReport, Progress
     from kvilt.engine.engine import Engine
     from kvilt.types import Answer, Document
 
 STDIN = "-"
+NAMED = 100  # documents that failed, a line each
 
 Docs = Annotated[list[str], Argument(metavar="DOCS...", help=DOCS)]
 DryRun = Annotated[bool, Option("--dry-run", help="Only say how much there is to do.")]
@@ -50,17 +52,43 @@ class Served(Stored):
     print_only: bool = option(False, "--print", help="Print the command instead of running it.")
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Who encodes a corpus that is too large for one process, and where it is told."""
+
+    workers: int = option(1, "--workers", min=1, help="Processes that share the work; with --ray, actors.")
+    ray: str = option("", "--ray", metavar="[ADDRESS]", help="Encode with Ray: here, or on the cluster at ADDRESS.")
+    gpus: float = option(0.0, "--gpus", min=0, help="With --ray: GPUs of each actor.")
+    columns: str = option("", metavar="text=NAME,...", help="Parquet columns of text, title and id.")
+    tables: Path | None = option(None, metavar="FOLDER", help="Write documents.jsonl and failed.jsonl there.")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a dry run reckons with."""
+
+    gb_month: float = option(0.023, "--price-gb", min=0, help="With --dry-run: a GB kept for a month costs this.")
+    gpu_hour: float = option(
+        1.79, "--price-gpu-hour", min=0, help="With --dry-run: an hour of this machine costs this."
+    )
+    per_request: int = option(10, "--per-request", min=1, help="With --dry-run: documents of a request.")
+
+
 def encode(
-    options: Run, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None, chunk: Chunk = "", save: Save = None
-) -> int:
+    options: Run, crew: Crew, costs: Costs, docs: Docs, dry_run: DryRun = False, ttl: TimeToLive = None,
+    chunk: Chunk = "", save: Save = None,
+) -> int:  # fmt: skip
     """Encode documents and store their caches. A rerun encodes only what is missing."""
     if ttl is not None and not 0 < ttl < math.inf:
         raise UserError(f"--ttl {ttl:g}: a number of seconds above 0.")
-    from kvilt.corpora import chunks
+    from kvilt.corpora import chunks, sources
+
+    if (crew != Crew() or sources.is_needed(docs)) and not dry_run:
+        return _corpus(options, crew, docs, ttl, bool(chunk or save))
 
     cut = chunks.cutter(chunk)
     bad: list[str] = []  # every document that cannot be encoded is named, and the exit code says so
-    documents = options.read(docs, lambda error: bad.append(str(error)))
+    documents = options.read(docs, lambda error: bad.append(str(error)), crew.columns)
     if bad and not documents:
         raise DocumentError(f"nothing to encode: {' '.join(bad)}")
     engine = options.engine()
@@ -71,13 +99,44 @@ def encode(
         talk.warn("this strategy reuses nothing: documents are encoded for the plain ones (block, naive, ...).")
     encoder = engine.encoder if ttl is None else dataclasses.replace(engine.encoder, ttl=ttl)
     with talk.meter("encoding") as meter:
-        tell = functools.partial(_told, meter)
-        report = encoder.dry_run(documents) if dry_run else encoder.encode(documents, tell, keep_going=True)
-    report = dataclasses.replace(report, failed=(*bad, *report.failed))
-    show.out(options.json, {**dataclasses.asdict(report), "dry_run": dry_run}, [show.encoded(report, dry_run)])
-    for message in report.failed:
+        if dry_run:
+            from kvilt.corpora.estimate import Prices, estimate
+
+            foreseen = estimate(engine, documents, Prices(**vars(costs)))
+            return _reported(options, foreseen.report, bad, foreseen)
+        report = encoder.encode(documents, functools.partial(_told, meter), keep_going=True)
+    return _reported(options, report, bad)
+
+
+def _corpus(options: Run, crew: Crew, docs: list[str], ttl: float | None, cut: bool) -> int:
+    from kvilt.corpora.encode import encode_corpus
+    from kvilt.integrations.ray import on_ray
+
+    if cut:
+        raise UserError(
+            "--chunk and --save read all documents first: encode what --save wrote with --workers or --ray."
+        )
+    same = ("strategy", "store", "system", "dtype", "device", "compress", "trust_remote_code")
+    given = {name: getattr(options, name) for name in same} | {"namespace": options.namespace or "shared", "ttl": ttl}
+    talk.silence_libraries(options.verbose, options.quiet)
+    given |= {"workers": crew.workers, "columns": crew.columns, "tables": crew.tables}
+    with talk.meter("encoding") as meter:
+        run = on_ray(crew.ray, crew.gpus) if crew.ray else None
+        report = encode_corpus(docs, options.named(), run=run, on_progress=meter, **given)
+    return _reported(options, report, ())
+
+
+def _reported(options: Run, report: EncodeReport, bad: Sequence[str], foreseen: Estimate | None = None) -> int:
+    """Show what was done, or would be, and name the documents that failed; the exit code."""
+    failed, dry_run = (*bad, *report.failed), foreseen is not None
+    data = dataclasses.asdict(report) | {"failed": failed, "dry_run": dry_run}
+    data |= {"costs": {k: v for k, v in vars(foreseen).items() if k != "report"}} if foreseen else {}
+    show.out(options.json, data, [show.encoded(report, dry_run), *(foreseen.lines() if foreseen else ())])
+    for message in failed[:NAMED]:
         talk.fail(message)
-    return USER if report.failed else 0
+    if len(failed) > NAMED:
+        talk.fail(f"{len(failed) - NAMED:,} more could not be encoded: --tables FOLDER lists them all.")
+    return USER if failed else 0
 
 
 def _told(meter: talk.Meter, p: Progress) -> None:

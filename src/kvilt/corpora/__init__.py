@@ -1,1 +1,1 @@
-"""Corpora: documents as people have them, in any number."""
+"""Around documents: reading what people have, cutting it, finding it again; and whole corpora, encoded, moved and priced."""

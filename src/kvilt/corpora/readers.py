@@ -1,7 +1,7 @@
 """Documents as people have them: PDF, DOCX and HTML files by MarkItDown (extra `files`), and source code as it is.
 
 PDF, DOCX and HTML become Markdown; the title is the file's own, else a heading in the first line. A source file's title
-is its name. Everything else is read as `kvilt.engine.documents` says."""
+is its name. Everything else is read as `kvilt.corpora.files` says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvilt.engine.documents import Readers, decode, document, heading, read_documents
+from kvilt.corpora.files import Readers, decode, heading, read_documents
+from kvilt.engine.documents import document
 from kvilt.errors import DocumentError, MissingExtra
 from kvilt.rows.files import name_of
 from kvilt.types import Document

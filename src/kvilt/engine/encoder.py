@@ -21,7 +21,8 @@ from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe
 from kvilt.rows.header import MAX_TITLE
 from kvilt.rows.rows import TensorRows
-from kvilt.stores.store import Store, check_namespace
+from kvilt.stores.entry import check_namespace
+from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations
@@ -69,7 +70,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What an encoding run did (or, for a dry run, would do)."""
+    """What an encoding run did, or would do (`corpora.estimate`)."""
 
     documents: int
     encoded: int
@@ -173,7 +174,7 @@ class Encoder:
         Raises DocumentError for documents that cannot be encoded, or with `keep_going` names them in the report. Raises
         StoreUnavailable when the store cannot be written."""
         began, failed = time.perf_counter(), list[str]()
-        count, missing = self._missing(documents, failed if keep_going else None)
+        count, missing = self.missing(documents, failed if keep_going else None)
         encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
         for batch in batches(missing, lambda i: len(i.ids)):
             stored = [(item, cache) for item, cache in self._make(batch, self._store) if cache is not None]
@@ -184,18 +185,6 @@ class Encoder:
                 on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
         seconds = time.perf_counter() - began
         return EncodeReport(count, encoded, count - encoded, tokens, size, seconds, tuple(failed))
-
-    def dry_run(self, documents: Iterable[Document], sample: int = 2) -> EncodeReport:
-        """What `encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
-        failed = list[str]()
-        count, missing = self._missing(documents, failed)
-        tried = sorted(missing, key=lambda i: len(i.ids))[len(missing) // 2 :][:sample]
-        began = time.perf_counter()
-        size = sum(cache.nbytes for item in tried for cache in self.make([item]))
-        rate = sum(len(i.ids) for i in tried) / max(time.perf_counter() - began, 1e-9)
-        tokens, share = sum(len(i.ids) for i in missing), size / max(self._plain_size(tried), 1)
-        size, seconds = round(share * self._plain_size(missing)), tokens / rate if tried else 0.0
-        return EncodeReport(count, len(missing), count - len(missing), tokens, size, seconds, tuple(failed))
 
     def obtain(self, items: Sequence[Item], lost: Collection[str] = ()) -> dict[str, DocumentCache]:
         """The caches of documents that the store does not have, or has `lost`, encoded now and stored, by digest.
@@ -267,16 +256,11 @@ class Encoder:
             rows = TensorRows(rows.data.to(model.stored))
         return replace(cache, key=item.key, rows=rows)
 
-    def _missing(self, documents: Iterable[Document], failed: list[str] | None) -> tuple[int, list[Item]]:
+    def missing(self, documents: Iterable[Document], failed: list[str] | None = None) -> tuple[int, list[Item]]:
         """How many different documents may be stored, and those that are not there."""
         unique = {item.key.digest: item for item in self.items(documents, failed) if item.document.store}
         present = self.store.contains(unique)
         return len(unique), [item for digest, item in unique.items() if digest not in present]
-
-    def _plain_size(self, items: Sequence[Item]) -> int:
-        """Bytes of documents that are not compressed."""
-        around = (len(self.encoding.before) + len(self.encoding.after)) if self.encoding.keep else 0
-        return sum(len(i.ids) + around for i in items) * self.model.bytes_per_token
 
 
 def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
-from kvilt.stores.blobs import Blob, BlobStore, check_key
+from kvilt.stores.blobs import Blob, BlobStore, MemoryBlob, check_key
 from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.database import MOMENT
-from kvilt.stores.entry import Entry, StoreStats, is_namespace
+from kvilt.stores.entry import Entry, StoreStats, check_namespace, describe
 
 if TYPE_CHECKING:
     from kvilt.types import CacheKey, DocumentCache
@@ -30,12 +30,6 @@ REMEMBERED = 512  # opened caches, each of which keeps its file open
 
 
 Use = tuple[int, str | None, float]  # process, key (None is a miss), time
-
-
-def check_namespace(name: str) -> None:
-    """Refuse what cannot be a namespace. Raises UserError."""
-    if not is_namespace(name):
-        raise UserError(f"namespace {name[:100]!r} must be 1 to 128 letters, digits or printable ASCII characters.")
 
 
 def _record(uses: deque[Use], catalogues: Sequence[Catalogue], patience: float | None) -> None:
@@ -122,15 +116,27 @@ class Store:
         if self._is_served(cache.key):
             return False
         key, now, title = cache.key, time.time(), title.encode("utf-8", "replace").decode()
+        created = float(os.environ.get("SOURCE_DATE_EPOCH") or now)  # so that files can be made alike, byte for byte
         expires = None if ttl is None else now + ttl
-        data = pack(cache, title=title, created=now, expires=expires)
+        data = pack(cache, title=title, created=created, expires=expires)
         size, fields = sum(map(len, data)), asdict(key)
         if any(catalogue.asks(size) for catalogue in self.catalogues):
             self.flush()  # what was used last must not be evicted
-        entry = Entry(key.digest, size, len(cache.tokens), title, key.namespace, now, now, 0, False, expires, fields)
+        entry = Entry(
+            key.digest, size, len(cache.tokens), title, key.namespace, created, now, 0, False, expires, fields
+        )
+        return self._write(entry, data)
+
+    def take(self, digest: str, data: bytes) -> bool:
+        """Store a document's file as it is, which the caller has checked; False if it was there.
+
+        Raises DamagedCache, OtherVersion and StoreUnavailable."""
+        return self._write(describe(digest, MemoryBlob(data)), [memoryview(data)])
+
+    def _write(self, entry: Entry, data: Sequence[memoryview]) -> bool:
         for catalogue in self.catalogues:
             catalogue.next = entry
-        made = self.blobs.put(key.digest, data)
+        made = self.blobs.put(entry.key, data)
         self._write_soon()
         return made
 
