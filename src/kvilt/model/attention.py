@@ -22,6 +22,7 @@ NAME = "kvilt"
 Hook = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor | None]
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
 BLOCK = 256  # computed tokens attended at a time on a CPU, where a mask would not spare work
+GAP = 128  # rows between two computed tokens from which on each has a block of its own
 SCORES = 1 << 24  # float32 attention scores held at a time where a plan scales its context
 UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
@@ -58,9 +59,8 @@ def ordinary(
     computed, rows = query.shape[2], key.shape[2]
     mask: Any = attention_mask
     causal = mask is None and computed == rows
-    numbers = mask is not None and mask.dtype != torch.bool  # of training, which has none of this
-    if query.device.type == "cpu" and len(query) == 1 and computed > BLOCK and not (causal or numbers or dropout):
-        return _in_blocks(query, key, value, seen(mask, query, key), scaling)
+    if computed == 1 and mask is None and query.device.type == "cpu" and not torch.is_grad_enabled():
+        return _flash(query, key, value, None, scaling)[0]  # several times faster than the same through `enable_gqa`
     if mask is None and 1 < computed < rows:
         mask = causal_lower_right(computed, rows)
     return scaled_dot_product_attention(
@@ -75,17 +75,75 @@ def ordinary(
     )
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scaling: float | None) -> Tensor:
-    """The same, `BLOCK` computed tokens at a time over the rows up to the last one that any of them sees.
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention on a CPU, (batch, heads, computed, head_dim), and the log-sum-exp of its scores, (batch, heads, computed).
 
-    A mask hides no work from torch's CPU kernels: scattered tokens would be multiplied with all rows behind them."""
-    out = torch.empty_like(query)
-    for first in range(0, query.shape[2], BLOCK):
-        part = allowed[first : first + BLOCK]
-        end = int(part.any(0).nonzero()[-1]) + 1
-        some, mask = query[:, :, first : first + BLOCK], part[None, None, :, :end]
-        out[:, :, first : first + BLOCK] = ordinary(some, key[:, :, :end], value[:, :, :end], mask, scaling)
-    return out
+    Heads that share keys stand beside each other as more queries, so that every row is read once. `mask` is added to the
+    scores, (heads / kv_heads * computed, rows)."""
+    batch, heads, computed, dim = query.shape
+    shared = query.reshape(batch, key.shape[1], -1, dim)
+    added = None if mask is None else mask.expand(batch, 1, *mask.shape)
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = run(shared, key, value, 0.0, False, attn_mask=added, scale=scaling)
+    return out.reshape(query.shape), sums.reshape(batch, heads, computed)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Computed tokens that are attended together, and what they see."""
+
+    tokens: slice
+    common: int  # all of them see every row before this one
+    own: Tensor  # added to the scores of the rows from there on, (heads / kv_heads * tokens, rows): 0 or -inf
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A hook: attention on a CPU whose mask covers only the rows that not all of a block's tokens see.
+
+    The rows before are attended without a mask, and both parts merged by their log-sum-exps in float32. torch's CPU kernels
+    multiply what a mask hides, and take several times as long under one."""
+
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, allowed: Tensor, group: int, dtype: torch.dtype) -> Blocks:
+        """From what each computed token sees, (computed, rows) bool; `group` heads share keys."""
+        hidden = torch.cat([~allowed, torch.ones(len(allowed), 1, dtype=torch.bool)], 1).to(torch.uint8)
+        seen_all, count = hidden.argmax(1), len(allowed)  # rows before the first that a token does not see
+        jumps = ((seen_all.diff().abs() > GAP).nonzero()[:, 0] + 1).tolist()
+        cuts = [0, *jumps, count]
+        starts = [i for a, b in zip(cuts, cuts[1:], strict=False) for i in range(a, b, BLOCK)]
+        blocks = []
+        for first, end in zip(starts, [*starts[1:], count], strict=True):
+            common, part = int(seen_all[first:end].min()), allowed[first:end]
+            last = int(part.any(0).nonzero()[-1]) + 1
+            if common < last:  # a row that all see stays with the others: no token may be left without any
+                common = max(0, common - 1)
+            own = part[:, common:last]
+            added = torch.zeros(own.shape, dtype=dtype).masked_fill_(~own, -torch.inf)
+            blocks.append(Block(slice(first, end), common, added.repeat(group, 1)))
+        return cls(blocks)
+
+    def __call__(
+        self, _: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        for block in self.blocks:
+            out[:, :, block.tokens] = self._attend(block, query[:, :, block.tokens], key, value, scaling)
+        return out
+
+    def _attend(self, block: Block, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        common, end = block.common, block.common + block.own.shape[1]
+        if common == end:  # one token, or tokens at one position
+            return _flash(query, key[:, :, :end], value[:, :, :end], None, scaling)[0]
+        own, sums = _flash(query, key[:, :, common:end], value[:, :, common:end], block.own, scaling)
+        if not common:
+            return own
+        shared, more = _flash(query, key[:, :, :common], value[:, :, :common], None, scaling)
+        return torch.lerp(own.float(), shared.float(), torch.sigmoid(more - sums)[..., None]).to(query.dtype)
 
 
 @contextmanager

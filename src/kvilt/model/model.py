@@ -21,7 +21,6 @@ from kvilt.plan import Dense, Plan, encoding_mask
 from kvilt.rows.rows import TensorRows
 from kvilt.types import Adapter, CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
 
-OVERLAP_BYTES = 64 << 20  # on a CPU a second thread pays from about here on
 TUNED = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")  # of a layer with adapters of peft
 SAMPLE = 16  # numbers of each tensor that are compared at every request
 
@@ -170,10 +169,9 @@ class Model:
         """Compute a plan in one pass; what it gives is there until the block ends.
 
         `room` rows are kept free for the answer. `overlap` loads layers from a second thread, ahead of the pass (default:
-        on CUDA, and where there is much to load)."""
+        on CUDA; a CPU has no core to spare for it, and takes longer for both together)."""
         with self.placed(plan, room) as placed:
-            worth = self.shape.device.type == "cuda" or placed.bytes_loaded >= OVERLAP_BYTES
-            if placed.pieces and (worth if overlap is None else overlap):
+            if placed.pieces and (self.shape.device.type == "cuda" if overlap is None else overlap):
                 placed.load_ahead()
             logits = self.forward(plan, placed, 1)[-1]
             placed.finish()
@@ -211,8 +209,18 @@ class Model:
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
         positions, embeds = plan.positions[plan.computed_rows], self.embed(plan.computed_tokens, plan.learned)
         more = {"past_key_values": placed, "attention_mask": mask, "logits_to_keep": last}
-        with attention.using(placed.attention), self._acting((plan.reader, plan.asking)):
+        with attention.using(placed.attention or self._blocks(plan, mask)), self._acting((plan.reader, plan.asking)):
             return self._logits(embeds, positions, **more).float()
+
+    def _blocks(self, plan: Plan, mask: Tensor | None) -> attention.Hook | None:
+        """How a pass over a plan is attended on a CPU; None for ordinary attention."""
+        computed, rows = len(plan.computed_rows), len(plan.positions)
+        if self.shape.device.type != "cpu" or computed == rows:
+            return None
+        last = plan.computed_rows if mask is None else None
+        allowed = mask[0, 0] if last is None else torch.arange(rows)[None] <= last[:, None]
+        group = self.hf.config.num_attention_heads // self.shape.heads
+        return attention.Blocks.of(allowed, group, self.shape.dtype)
 
     @torch.no_grad()
     def after(self, tokens: Tensor, placed: PlacedCache) -> Tensor:

@@ -162,8 +162,8 @@ class PlacedCache(Cache):
         buffer = self.buffer[layers]
         for piece in self.pieces:
             piece.place(layers, buffer, staging)
-        for keys in buffer[:, 0, :, : self._end].split(max(1, GROUP_BYTES // max(1, buffer[0, 0].nbytes))):
-            self.rotation.rotate(keys, self._angles, keys)
+        keys = buffer[:, 0, :, : self._end]
+        self.rotation.rotate(keys, self._angles, keys)
 
     def place_all(self) -> None:
         """Place every layer now, before the pass."""

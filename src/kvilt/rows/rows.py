@@ -19,6 +19,7 @@ from kvilt.errors import DamagedCache, UnreadableCache
 from kvilt.rows.header import FIRST, Header, Readable, Span
 from kvilt.types import DocumentCache, Rows
 
+CHUNK = 1 << 20  # numbers rotated at a time on a CPU, so that what float32 needs of them stays in its cache
 DIRECT = 8 << 10  # bytes of a block from which on it is read straight to where it is used
 DTYPES = {
     "F64": torch.float64,
@@ -138,6 +139,8 @@ class FileRows:
     def __init__(self, blob: Readable, header: Header, digests: Tensor, to_item: int = 1) -> None:
         self.blob, self.header = blob, header
         self._span = header.spans["rows"]
+        memory: memoryview | None = getattr(blob, "memory", None)
+        self._memory = None if memory is None or memory.readonly else torch.frombuffer(memory, dtype=torch.uint8)
         self._digests = bytes(digests.numpy().tobytes())
         self._blocks = digests.shape[1]
         self._unchecked = {(name, layer) for name in self._parts() for layer in range(self._span.shape[0])}
@@ -158,6 +161,9 @@ class FileRows:
         count = range(self.shape[0])[layers]
         if not len(count) or not out.numel():
             return
+        if self._memory is not None:
+            out.copy_(self.part("rows", layers))
+            return
         block = out[0, 0, 0]  # (rows, head_dim)
         there = out.device.type == "cpu" and out.dtype == self.dtype
         direct = there and block.is_contiguous() and block.nbytes >= DIRECT
@@ -167,26 +173,39 @@ class FileRows:
             out.copy_(target)
 
     def part(self, name: str, layers: slice) -> Tensor:
-        """Some layers of one of the file's tensors (layers, ...), in memory of their own."""
+        """Some layers of one of the file's tensors (layers, ...): where they lie in memory, else in memory of their own."""
         span, count = self.header.spans[name], range(self.shape[0])[layers]
+        if self._memory is not None:
+            return self._lent(name, span, count)
         out = torch.empty([len(count), *span.shape[1:]], dtype=DTYPES[span.dtype])
         if out.numel():
             self._read(name, span, count, out)
         return out
 
+    def _lent(self, name: str, span: Span, layers: range) -> Tensor:
+        assert self._memory is not None
+        if span.end > len(self._memory):
+            raise DamagedCache(self.header.key, "it is cut off")
+        out = self._memory[span.start : span.end].view(DTYPES[span.dtype]).view(span.shape)[layers.start : layers.stop]
+        self._verify(name, layers, list(_pieces(out, heads=name == "rows")) if self._unchecked else [])
+        return out
+
     def _read(self, name: str, span: Span, layers: range, out: Tensor) -> None:
         size = (span.end - span.start) // span.shape[0]  # bytes of a layer
-        unchecked = [layer for layer in layers if (name, layer) in self._unchecked]
         scattered = not out.is_contiguous()
-        pieces = list(_pieces(out, heads=name == "rows")) if unchecked or scattered else []  # one memoryview per digest
+        pieces = list(_pieces(out, heads=name == "rows")) if self._unchecked or scattered else []  # one per digest
         into = pieces if scattered else [memoryview(out.detach().view(-1).view(torch.uint8).numpy().data)]
         fill(self.blob, self.header.key, span.start + layers.start * size, into)
-        each = len(pieces) // len(layers)
+        self._verify(name, layers, pieces)
+
+    def _verify(self, name: str, layers: range, pieces: list[memoryview]) -> None:
+        """Check the layers that were not checked before; `pieces` has a memoryview for each of their digests, in order."""
         first = 0 if name == "rows" else self._blocks - len(self._parts()) + self._parts().index(name)
-        for layer in unchecked:
-            i = layer - layers.start
-            self._check(name, layer, first, pieces[i * each : (i + 1) * each])
-            self._unchecked.discard((name, layer))
+        for i, layer in enumerate(layers):
+            if (name, layer) in self._unchecked:
+                each = len(pieces) // len(layers)
+                self._check(name, layer, first, pieces[i * each : (i + 1) * each])
+                self._unchecked.discard((name, layer))
 
     def _check(self, name: str, layer: int, first: int, pieces: Sequence[memoryview]) -> None:
         for number, piece in enumerate(pieces, layer * self._blocks + first):
@@ -231,6 +250,11 @@ class Rotation:
 
         `back` takes a rotation off instead."""
         out = torch.empty_like(keys) if out is None else out
+        if keys.device.type == "cpu" and keys.numel() > CHUNK and keys.dim() > 2:
+            size = max(1, CHUNK * len(keys) // keys.numel())
+            for some, into in zip(keys.split(size), out.split(size), strict=True):
+                self.rotate(some[0] if size == 1 else some, angles, into[0] if size == 1 else into, back=back)
+            return out
         cos, sin = angles[0], -angles[1] if back else angles[1]
         a, b = (part.float() for part in self._pairs(keys))  # views where keys are float32 already
         rotated = a * cos - b * sin, b * cos + a * sin  # both before either is written: `out` may be `keys`

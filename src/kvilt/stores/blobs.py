@@ -15,7 +15,10 @@ from kvilt.errors import StoreError
 
 
 class Blob(Protocol):
-    """The bytes of one stored document, opened for reading."""
+    """The bytes of one stored document, opened for reading.
+
+    A blob that holds all of them in this process's memory says so by an attribute `memory`, a writable memoryview that nobody
+    writes to: rows are then used where they lie."""
 
     @property
     def size(self) -> int:
@@ -38,14 +41,14 @@ Blobs: TypeAlias = "list[Blob | None]"
 class MemoryBlob:
     """Bytes in memory."""
 
-    def __init__(self, data: bytes | memoryview, identity: Hashable = None) -> None:
-        self._data, self.size = memoryview(data), len(data)
+    def __init__(self, data: bytes | bytearray | memoryview, identity: Hashable = None) -> None:
+        self.memory, self.size = memoryview(data), len(data)
         self.identity = object() if identity is None else identity
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
         """Copy from `offset` on into all of `into`."""
         for view in into:
-            part = self._data[offset : offset + len(view)]
+            part = self.memory[offset : offset + len(view)]
             if len(part) < len(view):
                 raise EOFError(f"it ends after {self.size} bytes")
             view[:] = part
@@ -112,7 +115,7 @@ class MemoryBlobs(BlobStore):
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
         if check_key(key) in self._blobs:
             return False
-        blob = MemoryBlob(b"".join(data))
+        blob = MemoryBlob(bytearray().join(data))
         return self._blobs.setdefault(key, blob) is blob
 
     def delete(self, key: str) -> bool:

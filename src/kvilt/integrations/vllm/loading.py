@@ -201,9 +201,11 @@ class Fill:
         shape = (2, sources[0].rows.shape[1], len(slots), sources[0].rows.shape[3])
         group = max(1, GROUP_BYTES // (math.prod(shape) * dtype.itemsize))
         angles = self.loader.angles(torch.cat([s.positions for s in sources]), self.device)
+        buffer = torch.empty(group, *shape, dtype=dtype) if self.stream is None else None  # one: fresh memory is slow
         for start in range(0, len(layers), group):
             part = layers[start : start + group]
-            rows = torch.empty(len(part), *shape, dtype=dtype, pin_memory=self.stream is not None)
+            rows = torch.empty(group, *shape, dtype=dtype, pin_memory=True) if buffer is None else buffer
+            rows = rows[: len(part)]
             self._read(sources, slots, slice(part[0][0], part[-1][0] + 1), rows)
             self._write(part, rows.to(self.device, non_blocking=True), angles, slots.to(self.device))
 
