@@ -72,4 +72,6 @@ def test_rows_out_of_sight_are_not_read() -> None:
     count = attention.BLOCK + 8
     query, key, value = made(count)
     value[:, :, count:] = torch.nan
-    assert attention.Blocks.of(masks("first", count), 2, torch.float32)(0, query, key, value, None, None).isfinite().all()
+    assert (
+        attention.Blocks.of(masks("first", count), 2, torch.float32)(0, query, key, value, None, None).isfinite().all()
+    )
