@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -115,7 +116,7 @@ class Blocks:
         seen_all, count = hidden.argmax(1), len(allowed)  # rows before the first that a token does not see
         jumps = ((seen_all.diff().abs() > GAP).nonzero()[:, 0] + 1).tolist()
         cuts = [0, *jumps, count]
-        starts = [i for a, b in zip(cuts, cuts[1:], strict=False) for i in range(a, b, BLOCK)]
+        starts = [i for a, b in itertools.pairwise(cuts) for i in range(a, b, BLOCK)]
         blocks = []
         for first, end in zip(starts, [*starts[1:], count], strict=True):
             common, part = int(seen_all[first:end].min()), allowed[first:end]
