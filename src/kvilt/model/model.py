@@ -217,8 +217,8 @@ class Model:
         computed, rows = len(plan.computed_rows), len(plan.positions)
         if self.shape.device.type != "cpu" or computed == rows:
             return None
-        last = plan.computed_rows if mask is None else None
-        allowed = mask[0, 0] if last is None else torch.arange(rows)[None] <= last[:, None]
+        causal = torch.arange(rows)[None] <= plan.computed_rows[:, None]
+        allowed = causal if mask is None else mask[0, 0]
         group = self.hf.config.num_attention_heads // self.shape.heads
         return attention.Blocks.of(allowed, group, self.shape.dtype)
 

@@ -252,7 +252,7 @@ class Rotation:
         out = torch.empty_like(keys) if out is None else out
         if keys.device.type == "cpu" and keys.numel() > CHUNK and keys.dim() > 2:
             size = max(1, CHUNK * len(keys) // keys.numel())
-            for some, into in zip(keys.split(size), out.split(size), strict=True):
+            for some, into in zip(torch.split(keys, size), torch.split(out, size), strict=True):
                 self.rotate(some[0] if size == 1 else some, angles, into[0] if size == 1 else into, back=back)
             return out
         cos, sin = angles[0], -angles[1] if back else angles[1]
