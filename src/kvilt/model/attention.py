@@ -202,19 +202,43 @@ class TwoPart:
     def __call__(
         self, _: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:
-        allowed, key, values = seen(mask, query, key), key.float(), value.float()
-        size = max(1, SCORES // (query.shape[1] * key.shape[2]))
-        parts = zip(torch.split(query, size, 2), torch.split(allowed, size), strict=True)
-        return torch.cat([mixed(self._weights(scores(q, key, scaling), a), values, query.dtype) for q, a in parts], 2)
+        allowed, inside = seen(mask, query, key), self.context[: key.shape[2]]
+        scale, t = query.shape[-1] ** -0.5 if scaling is None else scaling, self.scaling.temperature
+        (a, sums), (b, others) = (
+            _part(query, key, value, allowed, rows.nonzero()[:, 0], by)
+            for rows, by in ((inside, scale / t), (~inside, scale))
+        )
+        shares = torch.stack([self.scaling.scale * t * sums, others]).softmax(0)[..., None]
+        return (shares[0] * a.float() + shares[1] * b.float()).to(query.dtype)
 
-    def _weights(self, found: Tensor, allowed: Tensor) -> Tensor:
-        context, t = self.context[: found.shape[-1]], self.scaling.temperature
-        inside = (found / t).masked_fill(~(allowed & context), -torch.inf)
-        outside = found.masked_fill(~(allowed & ~context), -torch.inf)
-        lowest = torch.finfo(torch.float32).min  # of a part in which a token sees nothing
-        sums = [part.logsumexp(-1, keepdim=True).clamp(min=lowest) for part in (inside, outside)]
-        shares = torch.stack([self.scaling.scale * t * sums[0], sums[1]]).softmax(0)
-        return shares[0] * (inside - sums[0]).exp() + shares[1] * (outside - sums[1]).exp()
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, rows: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over some rows (ascending) alone, and its log-sum-exps: the lowest number where a token sees none of them."""
+    lowest = torch.finfo(torch.float32).min
+    if not len(rows):
+        return torch.zeros_like(query), query.new_full(query.shape[:-1], lowest, dtype=torch.float32)
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    at = slice(first, end) if end - first == len(rows) else rows
+    some = allowed[:, at]
+    nothing = ~some.any(1)
+    added = query.new_zeros(some.shape).masked_fill_(~some & ~nothing[:, None], -torch.inf)
+    out, sums = _summed(query, key[:, :, at], value[:, :, at], added, scaling)
+    return out, sums.masked_fill(nothing, lowest)
+
+
+def _summed(query: Tensor, key: Tensor, value: Tensor, added: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """`_flash` on any device, with `added` (computed, rows); of few tokens at a time where all scores are held."""
+    group = query.shape[1] // key.shape[1]
+    if query.device.type == "cpu":
+        return _flash(query, key, value, added.repeat(group, 1), scaling)
+    size, found = max(1, SCORES // (query.shape[1] * key.shape[2])), []
+    for q, mask in zip(torch.split(query, size, 2), torch.split(added, size), strict=True):
+        scored = scores(q, key, scaling) + mask
+        sums = scored.logsumexp(-1)
+        found.append((mixed((scored - sums[..., None]).exp(), value, query.dtype), sums.flatten(0, 1)[None]))
+    return torch.cat([out for out, _ in found], 2), torch.cat([sums for _, sums in found], 2)
 
 
 def in_one(dense: Dense) -> Hook | None:
