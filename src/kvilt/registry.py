@@ -48,6 +48,8 @@ TABLE: dict[str, dict[str, str]] = {
         "memory": "kvilt.stores.memory:MemoryStore",
         "disk": "kvilt.stores.disk:DiskStore",
         "tiered": "kvilt.stores.tiered:TieredStore",
+        "object": "kvilt.stores.remote.object:ObjectStore",
+        "redis": "kvilt.stores.remote.redis:RedisStore",
     },
     "compress": {
         "llmlingua2": "kvilt.compress.text:LLMLingua2",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from kvilt.rows.rows import TensorRows, whole
 from kvilt.stores.blobs import Blob
+from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore
+from kvilt.stores.remote.object import ObjectStore
+from kvilt.stores.remote.redis import RedisStore
+from kvilt.stores.sizes import parse_size
 from kvilt.stores.store import Store
 from kvilt.stores.tiered import TieredStore
 from kvilt.types import CacheKey, DocumentCache, digest_of
@@ -54,10 +58,30 @@ def same(one: DocumentCache | None, other: DocumentCache) -> bool:
     )
 
 
+def remote_store(kind: str, server: str, path: Path, **options: object) -> Store:
+    """A store on a server, under a prefix that belongs to the path: an object store with what it keeps in a folder, too."""
+    prefix = digest_of(str(path))[:16]
+    if kind == "redis":
+        return RedisStore(server, prefix=prefix, **options)
+    url = f"file://{path}" if kind == "object" else f"s3://kvilt/{prefix}"
+    return ObjectStore(url, server if kind != "object" else "", **{"fresh": 0.0, **options})
+
+
 def make_store(
-    kind: str, path: Path, policy: str = "lru", budget: int | None = None, quota: int | None = None
+    kind: str,
+    path: Path,
+    policy: str = "lru",
+    budget: int | None = None,
+    quota: int | None = None,
+    servers: Mapping[str, str] | None = None,
 ) -> Store:
     """A store with that budget and quota."""
+    if servers is not None:
+        parts = ["redis", "moto"] if kind == "remote tiers" else [kind]
+        made = [remote_store(part, servers[part], path).last for part in parts]
+        limits = policy, parse_size(budget, "budget"), parse_size(quota, "quota")
+        stores = [Store(Catalogue(each.blobs, each.pins, None, *limits)) for each in made]
+        return stores[0] if len(stores) == 1 else TieredStore(MemoryStore("1GB"), *stores)
     if kind == "memory":
         return MemoryStore(budget or "1GB", policy, quota)
     if kind == "disk":
@@ -81,6 +105,17 @@ def bytes_of(blob: Blob) -> bytes:
     data = bytearray(blob.size)
     blob.read(0, [memoryview(data)])
     return bytes(data)
+
+
+def damage(store: Store, seed: int) -> None:
+    """One bit of a stored document's rows is changed, in every tier that has it."""
+    for catalogue in store.catalogues:
+        for blob in catalogue.blobs.get_many([digest(seed)]):
+            if blob is not None:
+                data = bytearray(bytes_of(blob))
+                data[-1] ^= 4
+                catalogue.blobs.delete(digest(seed))
+                catalogue.blobs.put(digest(seed), [memoryview(data)])
 
 
 def file_of(root: Path, seed: int) -> Path:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_kit import bytes_of
+import servers
+from store_kit import bytes_of, remote_store
 
 from kvilt.errors import StoreError
 from kvilt.stores.blobs import BlobStore, MemoryBlobs
@@ -18,7 +19,7 @@ from kvilt.stores.folder import DiskBlobs
 from kvilt.stores.tiered import TieredBlobs
 
 KEYS = [f"{i:02x}" * 32 for i in range(8)]
-KINDS = ("memory", "disk", "tiered", "three tiers", "catalogue")
+KINDS = ("memory", "disk", "tiered", "three tiers", "catalogue", *servers.REMOTE)
 pytestmark = pytest.mark.usefixtures("no_sync")
 
 
@@ -31,9 +32,19 @@ def make_blobs(kind: str, path: Path) -> BlobStore:
     return TieredBlobs(tiers) if len(tiers) > 1 else tiers[0]
 
 
+def blobs_on(kind: str, urls: dict[str, str], path: Path) -> BlobStore:
+    return remote_store(kind, urls[kind], path).last.blobs
+
+
 @pytest.fixture(params=KINDS)
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStore]:
-    made = make_blobs(request.param, tmp_path)
+    urls = servers.needed(request.param, request)
+    if urls is None:
+        made = make_blobs(request.param, tmp_path)
+    elif request.param == "remote tiers":
+        made = TieredBlobs([MemoryBlobs(), *(blobs_on(kind, urls, tmp_path) for kind in ("redis", "moto"))])
+    else:
+        made = blobs_on(request.param, urls, tmp_path)
     yield made
     made.close()
 

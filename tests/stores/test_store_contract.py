@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from store_kit import digest, make_cache, make_key, same, stored, unit
+from store_kit import damage, digest, make_cache, make_key, same, stored, unit
 
 from kvilt.errors import SpecError, StoreError, UserError
 from kvilt.rows.rows import TensorRows, whole
@@ -175,6 +175,7 @@ def test_a_pin_survives_repair_but_not_deletion(store: Store) -> None:
     """Danger D9: a pinned document is damaged and encoded again, and is no longer pinned."""
     store.put(make_cache(1))
     store.pin(digest(1))
+    damage(store, 1)
     store.set_aside(digest(1), "a test says so")
     store.gc()
     assert store.get(make_key(1)) is None
@@ -189,6 +190,7 @@ def test_set_aside_makes_room_for_a_new_one(store: Store) -> None:
     """Danger: a damaged document is served again, or blocks its own repair."""
     store.put(make_cache(1))
     assert store.get(make_key(1)) is not None
+    damage(store, 1)
     store.set_aside(digest(1), "a test says so")
     store.set_aside("0" * 64, "not there")
     assert store.get(make_key(1)) is None

@@ -95,6 +95,16 @@ def open_cache(blob: Readable, expected: CacheKey) -> DocumentCache:
     return DocumentCache(length=header.length, key=expected, rows=rows, dropped=header.dropped, **first)
 
 
+def check_file(blob: Readable, digest: str) -> None:
+    """Read a stored document completely. Raises DamagedCache, OtherVersion, OSError."""
+    fields = read_header(digest, blob).fields
+    key = CacheKey(**fields) if fields.keys() == CacheKey.__dataclass_fields__.keys() else None
+    if key is None or key.digest != digest:
+        raise DamagedCache(digest, "its key does not match its identity fields")
+    if rows := open_cache(blob, key).rows:
+        whole(rows)
+
+
 def _rows(blob: Readable, header: Header, digests: Tensor) -> Rows:
     codec = CODECS.get(header.codec)
     if codec is None and header.codec != RAW:

@@ -6,7 +6,10 @@ Nothing here knows what the bytes mean; pins, time to live, budgets and statisti
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias
@@ -101,6 +104,23 @@ def check_key(key: str) -> str:
     if not (isinstance(key, str) and is_key(key)):
         raise StoreError(f"{key!r:.80} is no key of a stored document: a key is 64 hex digits (0-9, a-f).")
     return key
+
+
+class OnePerKey:
+    """Lets one thread at a time work on a key."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[bool]:
+        """Wait until nobody else works on this key; whether somebody did."""
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        busy = lock.locked()
+        with lock:
+            yield busy
 
 
 class MemoryBlobs(BlobStore):

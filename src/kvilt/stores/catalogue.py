@@ -7,6 +7,7 @@ Uses are gathered in memory and written a little later, so that answering never 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -15,12 +16,13 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvilt.errors import DamagedCache, OtherVersion, SpecError, StoreUnavailable, did_you_mean
 from kvilt.stores import tables
-from kvilt.stores.blobs import Blobs, BlobStore, MemoryBlob, MemoryBlobs
+from kvilt.stores.blobs import Blob, Blobs, BlobStore, MemoryBlob, MemoryBlobs
 from kvilt.stores.database import MOMENT, Database
 from kvilt.stores.entry import Describe, Entry, StoreStats, describe
 from kvilt.stores.sizes import show_size
@@ -30,7 +32,8 @@ log = logging.getLogger("kvilt")
 
 PENDING = 256  # documents that wait to be entered
 WRITERS = 16  # processes that may write at once without holding more than the budget together
-SHARE = 0.5  # of the disk's free space, its own documents counted as free, for a store that is given no budget
+SHARE = 0.5  # of the disk's free space, its own documents counted as free, for a budget of 0
+BATCH = 256  # documents whose headers are read at a time
 POLICIES = {  # scores in SQL: the lowest goes first, among equals the one unused for longest
     "lru": "0",
     "lfu": "hits",
@@ -83,6 +86,7 @@ class Catalogue(Database, BlobStore):
         if self.blobs.contains([key]):
             return False
         entry = self.next if self.next and self.next.key == key else self.describe(key, MemoryBlob(b"".join(data)))
+        entry = replace(entry, pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
         asked = self.asks(entry.bytes)
         if asked:
             if not self._complete:
@@ -160,9 +164,12 @@ class Catalogue(Database, BlobStore):
 
     def look(self, key: str) -> Entry | None:
         """A document as it tells itself; None if it is gone, unreadable now or another version's. Raises DamagedCache."""
-        (blob,) = self.blobs.get_many([key])
+        made = self._told(key, self.blobs.get_many([key])[0])
+        return made and replace(made, pinned=bool(self.pins.contains([key])))
+
+    def _told(self, key: str, blob: Blob | None) -> Entry | None:
         try:
-            return None if blob is None else replace(self.describe(key, blob), pinned=bool(self.pins.contains([key])))
+            return None if blob is None else self.describe(key, blob)
         except (OtherVersion, OSError) as error:
             log.info("stored document %s is left alone: %s", key[:16], error)
             return None
@@ -193,11 +200,14 @@ class Catalogue(Database, BlobStore):
 
     def adopt(self) -> None:
         """Enter what is stored but not entered, and forget what is gone. Raises StoreUnavailable."""
-        known = self.read(lambda db: {key for (key,) in db.execute("SELECT key FROM entries")})
-        there = {key for key, _ in self.blobs.list()}  # after that: others enter what they store
-        unknown = [*self._survey(there - known)]
-        self.write(lambda db: self._insert(db, unknown))
-        self.forget(known - there)
+        with contextlib.closing(sqlite3.connect("")) as gone:  # a file, where they are many
+            gone.execute("CREATE TABLE keys (key PRIMARY KEY) WITHOUT ROWID")
+            self.read(lambda db: gone.executemany("INSERT INTO keys VALUES (?)", db.execute("SELECT key FROM entries")))
+            listed = (key for key, _ in self.blobs.list())  # after that: others enter what they store
+            found = self._survey(k for k in listed if not gone.execute("DELETE FROM keys WHERE key = ?", (k,)).rowcount)
+            while batch := [*itertools.islice(found, BATCH)]:
+                self.write(partial(self._insert, entries=batch))
+            self.forget(key for (key,) in gone.execute("SELECT key FROM keys"))
         self._complete = True
 
     def build(self, db: sqlite3.Connection) -> None:
@@ -205,7 +215,7 @@ class Catalogue(Database, BlobStore):
             db.execute(statement)
         tables.set_counter(db, "clock", 0.0)
         if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
-            self._insert(db, self._survey([key for key, _ in self.blobs.list()]))
+            self._insert(db, self._survey(key for key, _ in self.blobs.list()))
 
     def _enter_pending(self) -> None:
         if self._pending:
@@ -227,24 +237,25 @@ class Catalogue(Database, BlobStore):
 
     def _survey(self, keys: Iterable[str]) -> Iterator[Entry]:
         """Documents as they tell themselves; damaged ones are set aside."""
-        for key in keys:
-            try:
-                if entry := self.look(key):
-                    yield entry
-            except DamagedCache as error:
-                with contextlib.suppress(StoreUnavailable):
-                    log.warning("%s; it is set aside", error)
-                    self._damaged += self.blobs.set_aside(key, error.reason)
+        pinned, left = {key for key, _ in self.pins.list()}, iter(keys)
+        while batch := [*itertools.islice(left, BATCH)]:
+            for key, blob in zip(batch, self.blobs.get_many(batch), strict=True):
+                try:
+                    if entry := self._told(key, blob):
+                        yield replace(entry, pinned=key in pinned)
+                except DamagedCache as error:
+                    with contextlib.suppress(StoreUnavailable):
+                        log.warning("%s; it is set aside", error)
+                        self._damaged += self.blobs.set_aside(key, error.reason)
 
     def _limit(self, held: int) -> int | None:
-        if self._budget is None and self.path is not None:
+        if self._budget == 0 and self.path is not None:
             return int(SHARE * (shutil.disk_usage(self.path.parent).free + held))
         return self._budget
 
     def _make_room(self, db: sqlite3.Connection, entry: Entry) -> None:
         self._evict(db, entry.bytes, entry.namespace)
-        held = tables.held(db, "")[1]
-        limit = self._limit(held)
+        limit = self._limit(held := tables.held(db, "")[1])
         room = float("inf") if limit is None else (limit - held) / WRITERS
         self._grant = entry.bytes + (0.0 if self._quota else room)
 
@@ -257,8 +268,7 @@ class Catalogue(Database, BlobStore):
 
     def _insert(self, db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            pinned = bool(self.pins.contains([entry.key]))
-            row = {**vars(entry), "fields": json.dumps(entry.fields), "pinned": pinned, "score": 0.0}
+            row = {**vars(entry), "fields": json.dumps(entry.fields), "score": 0.0}
             db.execute(f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(row))})", (*row.values(),))
             self._score(db, "key = ?", entry.key)
 
@@ -285,8 +295,7 @@ class Catalogue(Database, BlobStore):
         for key, (_, score) in chosen.items():
             self._drop(key)
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
-            tables.set_counter(
-                db, "clock", max(tables.counter(db, "clock"), score)
-            )  # so that old fame fades under greedy-dual
+            clock = max(tables.counter(db, "clock"), score)  # so that old fame fades under greedy-dual
+            tables.set_counter(db, "clock", clock)
         tables.set_counter(db, "evictions", tables.counter(db, "evictions") + len(chosen))
         return sum(held for held, _ in chosen.values())

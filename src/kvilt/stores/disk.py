@@ -20,7 +20,7 @@ class DiskStore(Store):
         self.path = Path(path).expanduser() if path else default_path()
         with trouble("cannot make the store", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        limits = parse_size(budget, "budget"), parse_size(quota, "quota")
+        limits = parse_size(budget, "budget") or 0, parse_size(quota, "quota")  # 0: a share of the disk
         blobs, pins = DiskBlobs(self.path), DiskBlobs(self.path, ".pin")
         super().__init__(Catalogue(blobs, pins, self.path / "catalogue.sqlite", policy, *limits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
 from kvilt.stores.blobs import Blob, BlobStore, MemoryBlob, check_key
-from kvilt.stores.catalogue import Catalogue
+from kvilt.stores.catalogue import BATCH, Catalogue
 from kvilt.stores.database import MOMENT
 from kvilt.stores.entry import Entry, StoreStats, check_namespace, describe
 
@@ -149,12 +150,16 @@ class Store:
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """Every stored document, oldest first; only those of a namespace, if one is given."""
-        stored = self._known([key for key, _ in self.last.list()])
-        return sorted((e for e in stored if namespace in (None, e.namespace)), key=lambda e: (e.created, e.key))
+        return sorted(self.each(namespace), key=lambda entry: (entry.created, entry.key))
+
+    def each(self, namespace: str | None = None) -> Iterator[Entry]:
+        """The same one by one, in no order: there may be millions."""
+        stored = self._known(key for key, _ in self.last.list())
+        return (entry for entry in stored if namespace in (None, entry.namespace))
 
     def entry(self, digest: str) -> Entry | None:
         """One stored document."""
-        return next(self._known(list(self.last.blobs.contains([digest]))), None)
+        return next(self._known(self.last.blobs.contains([digest])), None)
 
     def delete(self, digest: str, namespace: str | None = None) -> bool:
         """Delete a document, if it is of that namespace (None: of any); whether it was there."""
@@ -259,37 +264,33 @@ class Store:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread was faster
                 self._memo.pop(next(iter(self._memo)), None)
 
-    def _known(self, digests: Sequence[str]) -> Iterator[Entry]:
+    def _known(self, digests: Iterable[str]) -> Iterator[Entry]:
         """Stored documents as the catalogue knows them, or, where it does not or is locked, as they tell themselves."""
         self.flush(0.0)
-        rows: dict[str, Entry] = {}
-        with contextlib.suppress(StoreUnavailable):
-            rows = self.last.rows() if len(digests) > 1 else self.last.rows("key = ?", *digests or "-")
-        for digest in digests:
-            entry = rows.get(digest)
-            with contextlib.suppress(DamagedCache):
-                entry = entry or self.last.look(digest)
-            if entry is not None and entry.alive(time.time()):
-                yield entry
+        left = iter(digests)
+        while batch := [*itertools.islice(left, BATCH)]:
+            rows: dict[str, Entry] = {}
+            with contextlib.suppress(StoreUnavailable):
+                rows = self.last.rows(f"key IN ({', '.join('?' * len(batch))})", *batch)
+            for digest in batch:
+                entry = rows.get(digest)
+                with contextlib.suppress(DamagedCache):
+                    entry = entry or self.last.look(digest)
+                if entry is not None and entry.alive(time.time()):
+                    yield entry
 
     def _is_pinned(self, digest: str) -> bool:
         return bool(self.last.pins.contains([digest]))
 
     def _problem(self, digest: str) -> str:
         """Why a document cannot be read completely; empty if it can, or is not for us to read."""
-        from kvilt.rows.file import open_cache
-        from kvilt.rows.rows import whole
-        from kvilt.types import CacheKey
+        from kvilt.rows.file import check_file
 
         (blob,) = self.last.get_many([digest])
         try:
             if blob is not None:
-                fields = self.last.describe(digest, blob).fields
-                key = CacheKey(**fields) if fields.keys() == CacheKey.__dataclass_fields__.keys() else None
-                if key is None or key.digest != digest:
-                    raise DamagedCache(digest, "its key does not match its identity fields")
-                if rows := open_cache(blob, key).rows:
-                    whole(rows)
+                self.last.describe(digest, blob)
+                check_file(blob, digest)
         except DamagedCache as error:
             self.set_aside(digest, error.reason)
             return error.reason

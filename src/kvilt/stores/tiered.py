@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvilt.errors import StoreError, StoreUnavailable
-from kvilt.stores.blobs import Blob, Blobs, BlobStore, check_key
+from kvilt.stores.blobs import Blob, Blobs, BlobStore, OnePerKey, check_key
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.memory import MemoryStore
 from kvilt.stores.sizes import Size
@@ -18,6 +18,7 @@ class TieredBlobs(BlobStore):
 
     def __init__(self, tiers: Sequence[BlobStore]) -> None:
         self.tiers, self.last = list(tiers), tiers[-1]
+        self._flights = OnePerKey()
 
     def get_many(self, keys: Sequence[str]) -> Blobs:
         blobs: dict[str, Blob] = {}
@@ -63,16 +64,22 @@ class TieredBlobs(BlobStore):
         return unique
 
     def _promoted(self, key: str, blob: Blob, level: int) -> Blob:
-        """A copy in the fastest tier that takes one."""
+        """A copy in the fastest tier that takes one; who asks while it is being copied waits for that."""
         if level == 0:
             return blob
-        with contextlib.suppress(OSError, EOFError, StoreError):  # a copy is never worth failing for
+        with self._flights.alone(key) as busy, contextlib.suppress(OSError, EOFError, StoreError):  # a copy is a gain
+            if busy and (copy := self._copy(key, level)):
+                return copy
             data = memoryview(bytearray(blob.size))
             blob.read(0, [data])
             for tier in reversed(self.tiers[:level]):
                 with contextlib.suppress(StoreUnavailable):
                     tier.put(key, [data])
-        return next((copy for tier in self.tiers[:level] for copy in tier.get_many([key]) if copy), blob)
+        return self._copy(key, level) or blob
+
+    def _copy(self, key: str, level: int) -> Blob | None:
+        """What the tiers before `level` have of it."""
+        return next((copy for tier in self.tiers[:level] for copy in tier.get_many([key]) if copy), None)
 
 
 class TieredStore(Store):
