@@ -87,8 +87,7 @@ class Catalogue(Database, BlobStore):
             return False
         entry = self.next if self.next and self.next.key == key else self.describe(key, MemoryBlob(b"".join(data)))
         entry = replace(entry, pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
-        asked = self.asks(entry.bytes)
-        if asked:
+        if asked := self.asks(entry.bytes):
             if not self._complete:
                 self.adopt()
             self.write(lambda db: self._make_room(db, entry))

@@ -123,9 +123,8 @@ class Store:
         size, fields = sum(map(len, data)), asdict(key)
         if any(catalogue.asks(size) for catalogue in self.catalogues):
             self.flush()  # what was used last must not be evicted
-        entry = Entry(
-            key.digest, size, len(cache.tokens), title, key.namespace, created, now, 0, False, expires, fields
-        )
+        count, space = len(cache.tokens), key.namespace
+        entry = Entry(key.digest, size, count, title, space, created, now, 0, False, expires, fields)
         return self._write(entry, data)
 
     def take(self, digest: str, data: bytes) -> bool:

@@ -43,6 +43,8 @@ class Part(NamedTuple):
 class RemoteBlob:
     """A document on another machine. Where it is deleted while it is read, reading fails, and it is encoded again."""
 
+    remote = True  # its rows are checked whenever they are read
+
     def __init__(self, store: RemoteBlobs, key: str, opened: Opened) -> None:
         self.store, self.key, self.opened = store, key, opened
         self.size, self.identity, self._head = opened
@@ -126,13 +128,14 @@ class Link:
 
     def __init__(self, where: str, advice: Mapping[str, Sequence[str]]) -> None:
         self.where, self._advice = where, advice  # what is told, and what it is known by
-        self._pause, self._until = PAUSES[0], 0.0
+        self._pause, self._until, self.resting = PAUSES[0], 0.0, False
 
     @contextlib.contextmanager
     def asked(self, what: str) -> Iterator[None]:
         """Failures become Away in words of our own: what servers and URLs say may hold credentials."""
         left = self._until - time.monotonic()
-        if left > 0:
+        self.resting = left > 0
+        if self.resting:
             raise Away(f"{what} {self.where}: it does not answer, and is asked again in {left:.1f} s.")
         try:
             yield
@@ -170,7 +173,7 @@ class RemoteBlobs(BlobStore):
         try:
             found = zip(unique, self.open_many(unique), strict=True)
         except StoreUnavailable as error:
-            log.warning("not read: %s", error)
+            log.log(logging.DEBUG if self.link.resting else logging.WARNING, "not read: %s", error)
             return [None for _ in keys]
         blobs = {key: self._blob(key, opened) for key, opened in found if opened is not None}
         group = Group([*blobs.values()])
