@@ -20,6 +20,7 @@ from kvilt.corpora.worker import Clerk, Job, Outcome, outcome_of
 from kvilt.errors import UserError
 
 TRIES = 2
+COMMAND = (sys.executable, "-m", "kvilt.corpora.processes")
 
 
 class Child:
@@ -27,9 +28,9 @@ class Child:
 
     def __init__(self, job: Job, threads: int) -> None:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        command, pipe = [sys.executable, "-m", "kvilt.corpora.processes"], subprocess.PIPE
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(  # Ctrl-C reaches the one that gives out the work alone
-            command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+            COMMAND, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
         )
         if not self.ask(json.dumps(asdict(job))):
             self.end()

@@ -66,7 +66,9 @@ def read_all(
     return documents
 
 
-def split(source: Iterable[str | Document], columns: str = "", on_skip: Skip = print) -> Iterator[Part | DocumentError]:
+def split(
+    source: Iterable[str | Document], columns: str = "", on_skip: Skip = lambda path: None
+) -> Iterator[Part | DocumentError]:
     """The parts of paths or of documents, in their order, always the same ones; and what cannot be read at all.
 
     `columns` are Parquet columns: "text=body,title=name". Raises UserError, DocumentError where a path leads nowhere."""
