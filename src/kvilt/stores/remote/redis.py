@@ -35,8 +35,9 @@ class RedisBlobs(RemoteBlobs):
         self._client, self._prefix, self._ttl, self._checked = client, prefix, ttl, False
 
     def open_many(self, keys: Sequence[str]) -> list[Opened | None]:
-        found = self._each("cannot read", "HMGET", keys, "size", "id", "head")
-        return [None if head is None else Opened(int(size), made, memoryview(head)) for size, made, head in found]
+        with self._asked("cannot read"):  # an answer that changed on the way, too
+            found = self._each("cannot read", "HMGET", keys, "size", "id", "head")
+            return [None if head is None else Opened(int(size), made, memoryview(head)) for size, made, head in found]
 
     def fetch(self, part: Part) -> memoryview:
         with self._asked("cannot read"):
