@@ -54,7 +54,7 @@ class ObjectBlobs(RemoteBlobs):
         import obstore
 
         super().__init__(link, connections)
-        self._api: Any = obstore
+        self.api: Any = obstore
         self.client, self._can, self._name = client, can, name
         self._fresh, self._seen = fresh, dict[str, float]()  # when documents were seen last
         self._writers = OnePerKey()
@@ -72,8 +72,8 @@ class ObjectBlobs(RemoteBlobs):
         path, start, end = self.path(part.blob.key), part.start, part.end
         with self.link.asked("cannot read"):
             if self._can.ranges:
-                return memoryview(self._api.get_range(self.client, path, start=start, end=end))
-            return memoryview(self._api.get(self.client, path).bytes())[start:end]
+                return memoryview(self.api.get_range(self.client, path, start=start, end=end))
+            return memoryview(self.api.get(self.client, path).bytes())[start:end]
 
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
         path = self.path(key)
@@ -91,12 +91,12 @@ class ObjectBlobs(RemoteBlobs):
             there = self._is_there(key)
             self._forget(key)
             with contextlib.suppress(FileNotFoundError):
-                self._api.delete(self.client, path)
+                self.api.delete(self.client, path)
             return there
 
     def list(self) -> Iterator[tuple[str, int]]:
         with self.link.asked("cannot list"):
-            for page in self._api.list(self.client, self._name.partition("{")[0] or None, chunk_size=1000):
+            for page in self.api.list(self.client, self._name.partition("{")[0] or None, chunk_size=1000):
                 for meta in page:
                     key = meta["path"].rpartition("/")[2].partition(".")[0]
                     if is_key(key) and meta["path"] == self.path(key):
@@ -131,19 +131,19 @@ class ObjectBlobs(RemoteBlobs):
         """Size, identity and first bytes. Raises FileNotFoundError."""
         if self._can.ranges:
             try:
-                got = self._api.get(self.client, path, options={"range": (0, HEAD)})
+                got = self.api.get(self.client, path, options={"range": (0, HEAD)})
                 return _opened(got.meta, got.bytes())
-            except self._api.exceptions.GenericError as error:
+            except self.api.exceptions.GenericError as error:
                 if "range" not in str(error).lower():
                     raise
-        got = self._api.get(self.client, path)  # the object is empty, or the server knows no ranges
+        got = self.api.get(self.client, path)  # the object is empty, or the server knows no ranges
         self._can.ranges = self._can.ranges and not got.meta["size"]
         return _opened(got.meta, next(iter(got.stream(HEAD)), b""))
 
     def _create(self, path: str, data: bytes, mode: str) -> bool:
         try:
-            self._api.put(self.client, path, data, mode=mode, use_multipart=False)
-        except self._api.exceptions.AlreadyExistsError:
+            self.api.put(self.client, path, data, mode=mode, use_multipart=False)
+        except self.api.exceptions.AlreadyExistsError:
             return False
         return True
 
@@ -151,15 +151,15 @@ class ObjectBlobs(RemoteBlobs):
         """Whether the server leaves alone what is there if it is told to: some overwrite it, silently."""
         try:
             return self._create(path, b"kvilt", "create") and not self._create(path, b"kvilt", "create")
-        except (self._api.exceptions.NotSupportedError, NotImplementedError):
+        except (self.api.exceptions.NotSupportedError, NotImplementedError):
             return False
         finally:
             with contextlib.suppress(Exception):
-                self._api.delete(self.client, path)
+                self.api.delete(self.client, path)
 
     def _is_there(self, key: str) -> bool:
         try:
-            self._api.head(self.client, self.path(key))
+            self.api.head(self.client, self.path(key))
         except FileNotFoundError:
             self._forget(key)
             return False
@@ -205,11 +205,9 @@ class ObjectStore(Store):
 
     def sign(self, digests: Sequence[str], seconds: float = 3600) -> list[str]:
         """A URL for each document that reads it without credentials for a while: keep it secret. Raises StoreUnavailable."""
-        import obstore
-
         blobs = self._objects
         with blobs.link.asked("cannot sign for"):
-            return [*obstore.sign(blobs.client, "GET", [*map(blobs.path, digests)], timedelta(seconds=seconds))]
+            return [*blobs.api.sign(blobs.client, "GET", [*map(blobs.path, digests)], timedelta(seconds=seconds))]
 
 
 def _client(url: str, server: str, timeout: float) -> Any:
