@@ -522,3 +522,33 @@ def test_names_that_are_no_strategy_or_store_are_refused() -> None:
     with pytest.raises(SpecError, match="Did you mean 'block'"):
         engine_of("blok")
     assert engine_of("block").encoder.encoding.digest == Encoding().digest
+
+
+def test_the_next_batch_is_computed_while_one_is_written(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Danger: every document waits for the disk, or an error of the disk is lost with the thread that had it."""
+    engine, computing = make("naive"), threading.Event()
+    texts = [Document("word " * n) for n in (5, 50)]  # of different length: two batches
+    put, encode = engine.store.put, engine.model.encode
+
+    def late(*args: Any, **more: Any) -> Any:
+        assert computing.wait(20), "nothing was computed meanwhile"
+        return put(*args, **more)
+
+    def second(documents: Sequence[Tensor], *more: Any) -> list[DocumentCache]:
+        if len(documents[0]) > 20:
+            computing.set()
+        return encode(documents, *more)
+
+    monkeypatch.setattr(engine.store, "put", late)
+    monkeypatch.setattr(engine.model, "encode", second)
+    assert engine.encode(texts).encoded == 2
+    assert len(engine.store.entries()) == 2
+
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreUnavailable("the disk is full.")
+
+    monkeypatch.setattr(engine.store, "put", full)
+    with pytest.raises(StoreUnavailable, match="disk is full"):
+        engine.encode([Document("other " * n) for n in (5, 50)])

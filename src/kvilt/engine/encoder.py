@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -176,13 +177,16 @@ class Encoder:
         began, failed = time.perf_counter(), list[str]()
         count, missing = self.missing(documents, failed if keep_going else None)
         encoded, done, tokens, size, total = 0, 0, 0, 0, sum(len(i.ids) for i in missing)
-        for batch in batches(missing, lambda i: len(i.ids)):
-            stored = [(item, cache) for item, cache in self._make(batch, self._store) if cache is not None]
-            encoded, done = encoded + len(stored), done + len(batch)
-            tokens += sum(len(item.ids) for item, _ in stored)
-            size += sum(cache.nbytes for _, cache in stored)
-            if on_progress:
-                on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
+        with closing(_Writer(self._store)) as writer:
+            for batch in batches(missing, lambda i: len(i.ids)):
+                stored = [(item, cache) for item, cache in self._make(batch, writer.take) if cache is not None]
+                writer.turn()
+                encoded, done = encoded + len(stored), done + len(batch)
+                tokens += sum(len(item.ids) for item, _ in stored)
+                size += sum(cache.nbytes for _, cache in stored)
+                if on_progress:
+                    on_progress(Progress(done, len(missing), tokens, total, time.perf_counter() - began))
+            writer.turn()
         seconds = time.perf_counter() - began
         return EncodeReport(count, encoded, count - encoded, tokens, size, seconds, tuple(failed))
 
@@ -261,6 +265,26 @@ class Encoder:
         unique = {item.key.digest: item for item in self.items(documents, failed) if item.document.store}
         present = self.store.contains(unique)
         return len(unique), [item for digest, item in unique.items() if digest not in present]
+
+
+class _Writer:
+    """Stores a batch in a thread while the next one is computed; never more than two batches are held."""
+
+    def __init__(self, store: Callable[[Item, DocumentCache], None]) -> None:
+        self._store, self._pool = store, ThreadPoolExecutor(1, "kvilt-writer")
+        self._now, self._before = list[Future[None]](), list[Future[None]]()
+
+    def take(self, item: Item, cache: DocumentCache) -> None:
+        self._now.append(self._pool.submit(self._store, item, cache))
+
+    def turn(self) -> None:
+        """End of a batch: the one before is stored. Raises what storing it raised."""
+        for future in self._before:
+            future.result()
+        self._before, self._now = self._now, []
+
+    def close(self) -> None:
+        self._pool.shutdown()  # what was computed is stored, whatever happened
 
 
 def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
