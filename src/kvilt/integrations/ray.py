@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,10 +46,12 @@ def _run(address: str, gpus: float, job: Job, parts: Sequence[Part], actors: int
         ray, data = importlib.import_module("ray"), importlib.import_module("ray.data")
     except ImportError as error:
         raise MissingExtra("ray", "ray") from error
-    own = not ray.is_initialized()
+    own, log = not ray.is_initialized(), logging.getLogger("ray.data")
     if own:
         _begin(ray, address, actors)
+    level = log.level
     try:
+        log.setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
         rows = [{"part": json.dumps(asdict(part))} for part in parts]
         outcomes = data.from_items(rows, override_num_blocks=min(len(parts), BLOCKS)).map_batches(
@@ -62,6 +65,7 @@ def _run(address: str, gpus: float, job: Job, parts: Sequence[Part], actors: int
         for row in outcomes.iter_rows():
             yield outcome_of(row["outcome"])
     finally:
+        log.setLevel(level)
         if own:
             ray.shutdown()
 
@@ -69,6 +73,7 @@ def _run(address: str, gpus: float, job: Job, parts: Sequence[Part], actors: int
 def _begin(ray: Any, address: str, actors: int) -> None:
     local = {"num_cpus": actors, "object_store_memory": OBJECTS, "include_dashboard": False}
     options = local if address == LOCAL else {"address": address}
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it writes to this terminal what its files say, too
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
