@@ -529,22 +529,22 @@ def test_the_next_batch_is_computed_while_one_is_written(
 ) -> None:
     """Danger: every document waits for the disk, or an error of the disk is lost with the thread that had it."""
     engine, computing = make("naive"), threading.Event()
-    texts = [Document("word " * n) for n in (5, 50)]  # of different length: two batches
+    texts = [Document("word " * n) for n in (5, 80)]  # of different length: two batches, beside the system text
     put, encode = engine.store.put, engine.model.encode
 
-    def late(*args: Any, **more: Any) -> Any:
-        assert computing.wait(20), "nothing was computed meanwhile"
-        return put(*args, **more)
+    def late(cache: DocumentCache, **more: Any) -> Any:
+        assert cache.length > 20 or computing.wait(20), "nothing was computed meanwhile"
+        return put(cache, **more)
 
     def second(documents: Sequence[Tensor], *more: Any) -> list[DocumentCache]:
-        if len(documents[0]) > 20:
+        if len(documents[0]) > 50:
             computing.set()
         return encode(documents, *more)
 
     monkeypatch.setattr(engine.store, "put", late)
     monkeypatch.setattr(engine.model, "encode", second)
     assert engine.encode(texts).encoded == 2
-    assert len(engine.store.entries()) == 2
+    assert len(engine.store.entries()) == 3  # with the system text
 
     def full(*_: Any, **__: Any) -> None:
         raise StoreUnavailable("the disk is full.")
