@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -105,6 +106,14 @@ def bytes_of(blob: Blob) -> bytes:
     data = bytearray(blob.size)
     blob.read(0, [memoryview(data)])
     return bytes(data)
+
+
+def soon(work: Callable[[], object], seconds: float = 10.0) -> None:
+    """Until it is so, within the time that a server is left alone."""
+    until = time.monotonic() + seconds
+    while not work():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def damage(store: Store, seed: int) -> None:

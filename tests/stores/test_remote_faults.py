@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from servers import FAULTS, Proxy
-from store_kit import bytes_of, damage, digest, make_cache, make_key, remote_store, same, stored
+from store_kit import bytes_of, damage, digest, make_cache, make_key, remote_store, same, soon, stored
 
 from kvilt.errors import DamagedCache, StoreError, StoreUnavailable
 from kvilt.rows.rows import whole
@@ -56,14 +56,6 @@ def near(kind: str, url: str, tmp_path: Path) -> Iterator[Store]:
     made = remote_store(kind, url, tmp_path)
     yield made
     made.close()
-
-
-def soon(work: object, seconds: float = 10.0) -> None:
-    """Until it is so, within the time that a server is left alone."""
-    until = time.monotonic() + seconds
-    while not work():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_five_hundred_faults(far: Store, near: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -88,8 +87,8 @@ class Group:
     """Documents that were asked for together: the parts with the lowest layers of all come first, then the next ones."""
 
     def __init__(self, blobs: Sequence[RemoteBlob]) -> None:
-        self._blobs: deque[weakref.ref[RemoteBlob]] = deque(map(weakref.ref, blobs))
-        self._wanted: deque[Part] = deque()
+        self._blobs = [weakref.ref(blob) for blob in blobs]
+        self._wanted: dict[Part, None] = {}  # in order
         self._parts: dict[Part, Future[memoryview]] = {}  # on their way, or not read yet
         self._lock = threading.Lock()
 
@@ -99,10 +98,10 @@ class Group:
             blobs = [blob for at in self._blobs if (blob := at()) is not None]
             self._blobs.clear()  # all parts are wanted once
             parts = [each for blob in blobs for each in blob.parts(len(blob.opened.head))]
-            self._wanted.extend(sorted(parts, key=lambda each: each.start / each.blob.size))
+            self._wanted |= dict.fromkeys(sorted(parts, key=lambda each: each.start / each.blob.size))
             future = self._parts.get(part) or self._fetch(part)
             while self._wanted and len(self._parts) < AHEAD:
-                self._fetch(self._wanted.popleft())
+                self._fetch(next(iter(self._wanted)))
         try:
             return future.result()
         except BaseException:
@@ -114,6 +113,7 @@ class Group:
         self._parts.pop(part, None)
 
     def _fetch(self, part: Part) -> Future[memoryview]:
+        self._wanted.pop(part, None)
         if part not in self._parts:
             self._parts[part] = part.blob.store.pool.submit(part.blob.store.fetch, part)
         return self._parts[part]
