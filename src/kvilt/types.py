@@ -42,12 +42,15 @@ def digest_of(*parts: bytes | str | Tensor) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """A text that can stand in any prompt. With `store=False` it is computed in every prompt and never stored."""
+    """A text that can stand in any prompt. With `store=False` it is computed in every prompt and never stored.
+
+    `ids` are its tokens, where they are known already; then the text may be empty."""
 
     text: str
     title: str | None = None
     id: str | None = None
     store: bool = True
+    ids: tuple[int, ...] = ()
 
     @property
     def content(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
 from core_kit import DOCUMENTS, QUESTION, engine_of, store_of
@@ -41,10 +42,55 @@ def test_strings_and_dictionaries_are_served() -> None:
             engine.encode(lone)
 
 
-def test_a_chat_instead_of_a_question_gets_one_line() -> None:
-    """Danger: a list of messages as question ends in an AttributeError."""
-    with pytest.raises(PromptError, match="must be a text, not list"):
-        engine_of("block").answer([{"role": "user", "content": "Who?"}], DOCUMENTS)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        [5],
+        [{"role": "user"}],
+        [{"role": 3, "content": "?"}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        {},
+    ],
+)
+def test_a_chat_that_is_none_gets_one_line(bad: Any) -> None:
+    """Danger: a malformed list of messages as question ends in an AttributeError."""
+    with pytest.raises(PromptError, match=r"must be"):
+        engine_of("block").answer(bad, DOCUMENTS)
+
+
+@pytest.mark.parametrize("spec", ["block", "block:sink=system", "full"])
+def test_a_chat_with_one_question_is_that_question(spec: str) -> None:
+    """Danger: the same question as a chat has other tokens, and reuses nothing of what was encoded for it."""
+    engine = engine_of(spec)
+    asked = engine.answer(QUESTION, DOCUMENTS, max_new_tokens=8)
+    chat = [{"role": "system", "content": engine.text.system}, {"role": "user", "content": QUESTION}]
+    for messages in (chat, chat[1:]):
+        again = engine.answer(messages, DOCUMENTS, max_new_tokens=8)
+        assert (again.tokens, again.usage.misses) == (asked.tokens, 0)
+
+
+def test_a_chat_reads_what_its_template_writes() -> None:
+    """Danger: of several turns, or of documents among them, one is lost, doubled or at another place."""
+    engine = engine_of("full")
+    first, second = DOCUMENTS[:2]
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Ada."},
+        {"role": "user", "content": ["Look: ", second, {"type": "text", "text": "When?"}]},
+    ]
+    plan = engine.plan(turns, [first])
+    whole = engine.text.decode(torch.cat([s.tokens for s in plan.segments]).tolist())
+    said = ["Who?", "Ada.", "Look: ", "When?"]
+    at = [whole.index(text) for text in (first.content, *said[:3], second.content, said[3])]
+    assert at == sorted(at)
+    cached = engine.with_strategy("block").plan(turns, [first])
+    assert torch.equal(torch.cat([s.tokens for s in cached.segments]), torch.cat([s.tokens for s in plan.segments]))
+    assert cached.reused_count == sum(len(engine.text.document_ids(d)) for d in (first, second)) + len(
+        engine.info.system
+    )
+    with pytest.raises(PromptError, match="the user says nothing"):
+        engine.answer([{"role": "assistant", "content": "Ada."}], DOCUMENTS)
 
 
 @pytest.mark.parametrize("bad", [5, ["a"], {"role": "system"}, "half \ud83d"])

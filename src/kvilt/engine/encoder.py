@@ -146,7 +146,7 @@ class Encoder:
     def item(self, document: Document, frame: CacheKey) -> Item:
         """Tokens and key of one document; `frame` is a key of this encoder. Raises DocumentError."""
         ids, saved = self.text.document_ids(document), 0
-        if self.compression.text is not None:
+        if self.compression.text is not None and not document.ids:
             document, before = self.compression.shorten(document), len(ids)
             ids = self.text.document_ids(document)
             saved = before - len(ids)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from kvilt import registry
 from kvilt.compress.base import Compression
 from kvilt.engine.encoder import KNOWN, NOTHING, Encoder, EncodeReport, Flights, Item
+from kvilt.engine.prompts import Fetched, opened, parts_of
 from kvilt.engine.streaming import stream
 from kvilt.engine.text import TextFormat
 from kvilt.errors import DamagedCache, DocumentError, PromptError, StoreUnavailable, UnreadableCache
@@ -26,21 +27,10 @@ from kvilt.model.probe import ModelProbe
 from kvilt.plan import Plan, Segment, prefill_cost
 from kvilt.stores.store import Store
 from kvilt.strategies.base import Strategy
-from kvilt.types import Answer, Clock, Document, DocumentCache, Encoding, Prompt, Usage
+from kvilt.types import Answer, Clock, Document, Encoding, Prompt, Usage
 
 T = TypeVar("T")
 logger = logging.getLogger("kvilt")
-
-
-@dataclass(frozen=True, eq=False)
-class Fetched:
-    """The caches of a prompt, and how they came."""
-
-    system: DocumentCache
-    documents: list[DocumentCache]
-    hits: int
-    misses: int
-    encoded: tuple[int, ...] = ()  # tokens of everything that had to be encoded
 
 
 class Engine:
@@ -116,7 +106,7 @@ class Engine:
     def with_system(self, system: str) -> Engine:
         """The same engine with another system text. Strategies that encode documents behind it encode them anew."""
         text = self.text.told(system)
-        engine = self._told.get(system)
+        engine = self if system == self.text.system else self._told.get(system)
         if engine is None:
             if len(self._told) > 16:
                 self._told.clear()
@@ -131,33 +121,38 @@ class Engine:
 
     def answer(
         self,
-        question: str,
-        documents: Sequence[Document | str | dict[str, Any]],
+        question: str | Sequence[Any],
+        documents: Sequence[Document | str | dict[str, Any]] = (),
         *,
         system: str | None = None,
         max_new_tokens: int = 128,
         allow_empty: bool = False,
         streamer: Any = None,
         through: Callable[[Run], Run] = lambda run: run,
+        placing: Any = None,
         **sampling: Any,
     ) -> Answer:
-        """Answer a question over documents; greedy unless sampling options of transformers' generate are given.
+        """Answer a question or a chat over documents; greedy unless sampling options of transformers' generate are given.
 
-        A document may be a text or {"text", "title", "id"}; `system` is another system text for this answer.
+        A chat is a list of {"role", "content"}; the documents stand in front of the first thing the user says, or where a
+        content is a list, among its texts. A document may be a text or {"text", "title", "id"}; `system` is another system
+        text for this answer.
         `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked. What is
-        decoded goes `through` something that may know the next steps already (the evaluation does).
+        decoded goes `through` something that may know the next steps already (the evaluation does). The plan is run by
+        `placing`, which may change it first (`placing.ready(plan, fetched)`, then `placing.run` in place of the model's).
         Raises PromptError before anything is computed where question or options cannot be served."""
-        if system is not None:
+        system, question = opened(question, system)
+        if system is not None and system != self.text.system:
             given = {"max_new_tokens": max_new_tokens, "allow_empty": allow_empty, "streamer": streamer, **sampling}
-            return self.with_system(system).answer(question, documents, through=through, **given)
+            return self.with_system(system).answer(question, documents, through=through, placing=placing, **given)
         clock, settings = Clock(), Settings.of(self.model.hf, sampling, self.text.tokenizer)
 
         def attempt(lost: dict[str, bool]) -> Answer:
             plan, caches, probed = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
-            room = self._room(plan.end, max_new_tokens)
+            plan, room = placing.ready(plan, caches) if placing else plan, self._room(plan.end, max_new_tokens)
             if streamer is not None:
                 streamer.put(torch.empty(0, dtype=torch.long))  # a reader who went away stops the work here
-            with self.model.run(plan, room) as computed:
+            with (placing or self.model).run(plan, room) as computed:
                 clock.lap("run")
                 run, prompt = through(computed), torch.cat([s.tokens for s in plan.segments])
                 tokens = generate(run, prompt, room, settings, clock.mark_first, streamer)
@@ -168,7 +163,7 @@ class Engine:
                 generated_tokens=len(tokens),
                 charged=plan.charged(self.info.linear_cost),
                 hits=caches.hits,
-                misses=caches.misses,
+                misses=len(caches.missing),
                 damaged=sum(lost.values()),
                 bytes_loaded=run.bytes_loaded + probed,
                 ttft_s=clock.first,
@@ -202,13 +197,15 @@ class Engine:
 
         return self._until_sound(attempt)
 
-    def plan(self, question: str, documents: Sequence[Any]) -> Plan:
+    def plan(self, question: str | Sequence[Any], documents: Sequence[Any], allow_empty: bool = False) -> Plan:
         """The plan of a prompt, with its caches fetched or made."""
-        return self._ready(question, documents, False, 1, Clock(), ())[0]
+        system, question = opened(question)
+        engine = self if system is None else self.with_system(system)
+        return engine._ready(question, documents, allow_empty, 1, Clock(), ())[0]
 
     def _ready(
         self,
-        question: str,
+        question: Any,
         documents: Sequence[Any],
         allow_empty: bool,
         wanted: int,
@@ -219,19 +216,17 @@ class Engine:
         """Tokenise, key, fetch, encode what is missing or lost, plan; the plan, the caches, and the bytes that probing read.
 
         The plan is charged with what its probe passes and missing documents have cost."""
-        if not documents and not allow_empty:
+        headed, parts, asked = parts_of(self.text, self._system.ids, question, documents)
+        if not (documents or parts or allow_empty):
             raise PromptError("no documents: give at least one to answer from.")
-        asked, documents = self.text.question_ids(question), self.text.documents(documents, begins=True)
-        items = self._items(documents)
+        items, front = self._items(parts), len(self._system.ids) if headed else 0
         lengths = [len(i.ids) for i in items]
         documents_end = max(lengths, default=0) if self.strategy.shares_positions else sum(lengths)
-        self._room(
-            len(self._system.ids) + documents_end + len(asked), wanted, least
-        )  # known before anything is encoded
+        self._room(front + documents_end + len(asked), wanted, least)  # known before anything is encoded
         clock.lap("tokenise")
-        caches = self._fetch(items, lost)
+        caches = self._fetch(items, lost, headed)
         clock.lap("fetch")
-        names = tuple(d.id or d.title or "" for d in documents)
+        names = tuple(i.document.id or i.document.title or "" for i in items)
         prompt = Prompt(caches.system, tuple(caches.documents), asked, names, sum(i.saved for i in items))
         probe = ModelProbe(self.model, self.info)
         plan, linear = self.strategy.plan(prompt, probe), self.info.linear_cost
@@ -240,23 +235,24 @@ class Engine:
         clock.lap("plan")
         return plan, caches, probe.bytes_loaded
 
-    def _items(self, documents: Sequence[Document]) -> list[Item]:
+    def _items(self, parts: Sequence[Document]) -> list[Item]:
         """Tokens and keys. Raises DocumentError."""
         frame = self.model.key(NOTHING, self.encoder.encoding, namespace=self.namespace)
         try:
-            return [self._item(document, frame) for document in documents]
+            return [self._item(part, frame) for part in parts]
         except DocumentError:
-            return self.encoder.items(documents)  # says what is wrong with each of them
+            return self.encoder.items(parts)  # says what is wrong with each of them
 
-    def _fetch(self, items: Sequence[Item], lost: Collection[str]) -> Fetched:
+    def _fetch(self, items: Sequence[Item], lost: Collection[str], headed: bool = True) -> Fetched:
         """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
+        head = self._system if headed else replace(self._system, ids=NOTHING)
         if self.strategy.encoding is None:
-            return Fetched(self._system.bare, [i.bare for i in items], 0, 0)
+            return Fetched(head.bare, [i.bare for i in items], 0)
         if self._system.key.model != self.model.digest:  # weights or adapters were changed since
             key = self.model.key(self._system.ids, Encoding(), namespace=self.namespace)
             self._system = replace(self._system, key=key)
         stored = [i for i in items if i.document.store]
-        front = [self._system] if len(self._system.ids) else []
+        front = [self._system] if len(head.ids) else []
         caches = self.store.found([i.key for i in (*front, *stored) if i.key.digest not in lost])
         missing = {i.key.digest: i for i in stored if i.key.digest not in caches}
         lacking = [i for i in front if i.key.digest not in caches]
@@ -264,11 +260,11 @@ class Engine:
             caches |= self.encoder.obtain(list(missing.values()), lost)
         if lacking:
             caches |= self._plain.obtain(lacking, lost)
-        misses = sum(i.key.digest in missing for i in stored)
+        misses = tuple(i.key.digest for i in stored if i.key.digest in missing)
         documents = [caches[i.key.digest] if i.document.store else i.bare for i in items]
-        system = caches[self._system.key.digest] if front else self._system.bare
+        system = caches[self._system.key.digest] if front else head.bare
         encoded = tuple(len(caches[i.key.digest].tokens) for i in (*lacking, *missing.values()))
-        return Fetched(system, documents, len(stored) - misses, misses, encoded)
+        return Fetched(system, documents, len(stored) - len(misses), misses, encoded)
 
     def _room(self, end: int, wanted: int, least: int = 1) -> int:
         """How many tokens can be generated behind a prompt that ends there. Raises PromptError where that is too few."""

@@ -22,7 +22,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MARK = "\ue000"  # a private character
 PROBE = "A  \"b\" & <c>\n\n'd' \\ \tE."  # what a filter or a normaliser would change
 
-Turn = tuple[str, list[str | Document]]  # a role and what it says
+Turn = tuple[str, list[Any]]  # a role and what it says: texts and documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ class TextFormat:
     def question_ids(self, question: str) -> Tensor:
         """The question and everything after it, (tokens,). Raises PromptError when it is empty."""
         if not isinstance(question, str):
-            raise PromptError(f"the question must be a text, not {type(question).__name__}: chats are not served yet.")
+            raise PromptError(f"the question must be a text, not {type(question).__name__}.")
         if not question.strip():
             raise PromptError("the question is empty.")
         return self._parts(self._asked(Document(PROBE), question))[0][1]
@@ -202,6 +202,8 @@ class TextFormat:
         """One document alone: no BOS, no system text, (tokens,); line ends are \\n, and blank lines around it left out.
 
         Raises DocumentError when there is nothing to encode."""
+        if document.ids:
+            return torch.tensor(document.ids, dtype=torch.long)
         name = f"document {document.id or document.title or 'without a name'}"
         if not isinstance(document.text, str) or not document.text.strip():
             raise DocumentError(f"{name} is empty. Leave it out, or give it a text.")
