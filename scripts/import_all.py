@@ -11,6 +11,8 @@ OPTIONAL = ("matplotlib", "peft", "accelerate", "datasets", "rouge_score", "llml
 
 OTHERS = [f"kvilt.integrations.vllm.{name}" for name in ("connector", "scheduler", "endpoints")]
 OTHERS += ["kvilt.integrations.langchain", "kvilt.integrations.llama_index"]  # classes of other packages, made more of
+NEEDS_SERVE = ("wire", "replies", "metrics", "asking", "library", "door", "routes", "app")
+OTHERS += [f"kvilt.serve.{name}" for name in NEEDS_SERVE]
 
 names = [m.name for m in pkgutil.walk_packages(kvilt.__path__, "kvilt.") if m.name not in OTHERS]
 for name in names:

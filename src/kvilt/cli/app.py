@@ -53,6 +53,7 @@ verb(app, cls=Several)(work.chat)
 verb(app)(check.verify)
 verb(app)(check.doctor)
 verb(app, context_settings={"ignore_unknown_options": True})(work.vllm)
+verb(app)(work.serve)
 
 
 @verb(app, "list")

@@ -134,13 +134,12 @@ class Engine:
     ) -> Answer:
         """Answer a question or a chat over documents; greedy unless sampling options of transformers' generate are given.
 
-        A chat is a list of {"role", "content"}; the documents stand in front of the first thing the user says, or where a
-        content is a list, among its texts. A document may be a text or {"text", "title", "id"}; `system` is another system
-        text for this answer.
-        `max_new_tokens` is cut to what the model's context holds; `streamer.put` gets every token as it is picked. What is
-        decoded goes `through` something that may know the next steps already (the evaluation does). The plan is run by
-        `placing`, which may change it first (`placing.ready(plan, fetched)`, then `placing.run` in place of the model's).
-        Raises PromptError before anything is computed where question or options cannot be served."""
+        A chat is a list of {"role", "content"}. Documents, texts or {"text", "title", "id"}, stand in front of the first thing
+        the user says, or among the texts of a content that is a list. `system` is another system text for this answer.
+        `max_new_tokens` is cut to what the context holds; `streamer.put` gets every token as it is picked. What is decoded goes
+        `through` something that may know the next steps already. `placing` may change the plan (`placing.ready(plan, fetched)`)
+        and runs it in place of the model. Raises PromptError before anything is computed where question or options cannot be
+        served."""
         system, question = opened(question, system)
         if system is not None and system != self.text.system:
             given = {"max_new_tokens": max_new_tokens, "allow_empty": allow_empty, "streamer": streamer, **sampling}
@@ -148,7 +147,7 @@ class Engine:
         clock, settings = Clock(), Settings.of(self.model.hf, sampling, self.text.tokenizer)
 
         def attempt(lost: dict[str, bool]) -> Answer:
-            plan, caches, probed = self._ready(question, documents, allow_empty, max_new_tokens, clock, lost)
+            plan, caches, probed = self.ready(question, documents, allow_empty, max_new_tokens, clock, lost)
             plan, room = placing.ready(plan, caches) if placing else plan, self._room(plan.end, max_new_tokens)
             if streamer is not None:
                 streamer.put(torch.empty(0, dtype=torch.long))  # a reader who went away stops the work here
@@ -157,19 +156,10 @@ class Engine:
                 run, prompt = through(computed), torch.cat([s.tokens for s in plan.segments])
                 tokens = generate(run, prompt, room, settings, clock.mark_first, streamer)
                 clock.lap("decode")
-            usage = Usage(
-                reused_tokens=plan.reused_count,
-                computed_tokens=len(plan.computed_rows),
-                generated_tokens=len(tokens),
-                charged=plan.charged(self.info.linear_cost),
-                hits=caches.hits,
-                misses=len(caches.missing),
-                damaged=sum(lost.values()),
-                bytes_loaded=run.bytes_loaded + probed,
-                ttft_s=clock.first,
-                steps_s=clock.steps,
-                note=plan.note,
-            )
+            counts = plan.reused_count, len(plan.computed_rows), len(tokens)
+            found, loaded = (caches.hits, len(caches.missing), sum(lost.values())), run.bytes_loaded + probed
+            charged = plan.charged(self.info.linear_cost)
+            usage = Usage(*counts, charged, *found, loaded, clock.first, clock.steps, plan.note)
             return Answer(self.text.decode(tokens), tokens, usage, self.label, run.logits.cpu())
 
         return self._until_sound(attempt)
@@ -190,7 +180,7 @@ class Engine:
         count, forced = len(continuation), torch.tensor(list(continuation[:-1]), dtype=torch.long)
 
         def attempt(lost: dict[str, bool]) -> Tensor:
-            plan = self._ready(question, documents, allow_empty, count, Clock(), lost, least=count)[0]
+            plan = self.ready(question, documents, allow_empty, count, Clock(), lost, least=count)[0]
             self._room(plan.end, count, least=count)
             added = (Segment(forced, plan.end, name="answer"),) if len(forced) else ()
             return self.model.score(replace(plan, segments=(*plan.segments, *added)), count)
@@ -201,9 +191,9 @@ class Engine:
         """The plan of a prompt, with its caches fetched or made."""
         system, question = opened(question)
         engine = self if system is None else self.with_system(system)
-        return engine._ready(question, documents, allow_empty, 1, Clock(), ())[0]
+        return engine.ready(question, documents, allow_empty, 1, Clock(), ())[0]
 
-    def _ready(
+    def ready(
         self,
         question: Any,
         documents: Sequence[Any],
@@ -247,7 +237,7 @@ class Engine:
         """System and document caches, in one request to the store; bare tokens where nothing is to be reused."""
         head = self._system if headed else replace(self._system, ids=NOTHING)
         if self.strategy.encoding is None:
-            return Fetched(head.bare, [i.bare for i in items], 0)
+            return Fetched(head.bare, [i.bare for i in items], items, 0)
         if self._system.key.model != self.model.digest:  # weights or adapters were changed since
             key = self.model.key(self._system.ids, Encoding(), namespace=self.namespace)
             self._system = replace(self._system, key=key)
@@ -264,7 +254,7 @@ class Engine:
         documents = [caches[i.key.digest] if i.document.store else i.bare for i in items]
         system = caches[self._system.key.digest] if front else head.bare
         encoded = tuple(len(caches[i.key.digest].tokens) for i in (*lacking, *missing.values()))
-        return Fetched(system, documents, len(stored) - len(misses), misses, encoded)
+        return Fetched(system, documents, items, len(stored) - len(misses), misses, encoded)
 
     def _room(self, end: int, wanted: int, least: int = 1) -> int:
         """How many tokens can be generated behind a prompt that ends there. Raises PromptError where that is too few."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvilt.engine.encoder import Item
 from kvilt.engine.text import TextFormat, Turn
 from kvilt.errors import PromptError
 from kvilt.types import Document, DocumentCache
@@ -20,6 +21,9 @@ class Fetched:
 
     system: DocumentCache
     documents: list[DocumentCache]
+    items: Sequence[
+        Item
+    ]  # what they are the caches of; those without id and text are what a chat says between documents
     hits: int
     missing: tuple[str, ...] = ()  # digests of the documents that were not stored, once for each time they stand there
     encoded: tuple[int, ...] = ()  # tokens of everything that had to be encoded

@@ -223,13 +223,14 @@ class Model:
         return attention.Blocks.of(allowed, group, self.shape.dtype)
 
     @torch.no_grad()
-    def after(self, tokens: Tensor, placed: PlacedCache) -> Tensor:
-        """Logits behind each of several tokens (tokens,) appended to a placed cache, (tokens, vocab) float32.
+    def after(self, tokens: Tensor, placed: PlacedCache, last: int = 0) -> Tensor:
+        """Logits behind several tokens (tokens,) appended to a placed cache, of the `last` ones (0: of each),
+        (last, vocab) float32.
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
         positions = placed.position + torch.arange(len(tokens))
         with attention.using(placed.attention), self._acting((placed.reader, None)):
-            return self._logits(self.embed(tokens), positions, past_key_values=placed).float()
+            return self._logits(self.embed(tokens), positions, past_key_values=placed, logits_to_keep=last).float()
 
     def _logits(self, embeds: Tensor, positions: Tensor, **more: Any) -> Tensor:
         """Logits of one pass over embeddings (tokens, hidden) at positions (tokens,), (tokens, vocab)."""
