@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kvilt.cli import bench, cache, catalogue, check, lab, show, talk, work
+from kvilt.cli import bench, cache, catalogue, check, lab, serving, show, talk, work
 from kvilt.cli.options import Loaded, Output, Several, group, verb
 from kvilt.errors import MissingExtra
 
@@ -53,7 +53,7 @@ verb(app, cls=Several)(work.chat)
 verb(app)(check.verify)
 verb(app)(check.doctor)
 verb(app, context_settings={"ignore_unknown_options": True})(work.vllm)
-verb(app)(work.serve)
+verb(app)(serving.serve)
 
 
 @verb(app, "list")

@@ -1,4 +1,4 @@
-"""`kvilt encode`, `kvilt ask`, `kvilt chat`, `kvilt serve` and `kvilt vllm`."""
+"""`kvilt encode`, `kvilt ask`, `kvilt chat` and `kvilt vllm`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from kvilt.cli import USER, show, talk
 from kvilt.cli.options import CHUNK, DOCS, Answering, Asking, Run, Stored, option, utf8
 from kvilt.errors import DocumentError, PromptError, UserError, did_you_mean
 from kvilt.rows.files import name_of, replacing
-from kvilt.serve.settings import Settings as Serving
 
 if TYPE_CHECKING:
     from kvilt.corpora.estimate import Estimate
@@ -39,7 +38,6 @@ Question = Annotated[
     str, Argument(metavar="[QUESTION]", help="What to answer from the documents; - for stdin, one question a line.")
 ]
 ServedModel = Annotated[str, Argument(metavar="MODEL", help="Folder or hub name, as for vllm serve.")]
-Whose = Annotated[str | None, Argument(metavar="[MODEL]", help="As --model.")]
 Rest = Annotated[list[str] | None, Argument(metavar="[OPTIONS OF vllm serve...]", help="For example --port 8001.")]
 
 
@@ -277,14 +275,6 @@ def _write_logits(answer: Answer, path: Path) -> None:
             temporary.write_bytes(save({"logits": answer.logits.contiguous()}))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
-
-
-def serve(serving: Serving, options: Run, served: Whose = None) -> None:
-    """Serve documents in any order over HTTP, as OpenAI does, with a playground."""
-    from kvilt.serve import launch
-
-    options = dataclasses.replace(options, model=served or options.model)
-    launch.run(options.named(), options.engine, serving, talk.say)
 
 
 def vllm(options: Served, model: ServedModel, rest: Rest = None) -> int:
