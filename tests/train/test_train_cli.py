@@ -40,6 +40,20 @@ def test_wrappers(model_dir, tmp_path, verb, monkeypatch):
     assert again["best"]["loss"] >= 0
 
 
+@pytest.mark.parametrize("verb", ["writer", "query-lora"])
+def test_adapters(model_dir, tmp_path, verb):
+    """Danger: what a verb trains is not what its strategy loads."""
+    file, out = kit.write(tmp_path / "a.jsonl", kit.rows()), tmp_path / "out"
+    vectors = settings(kit.QUICK, "header", "trailer") if verb == "writer" else []
+    own = settings(kit.QUICK, "steps", "batch", "micro_batch", "answer_tokens", "evaluate_every", "held_out")
+    made = data("train", verb, "--model", model_dir, "--out", out, *vectors, *own, "--set", "rank=2", file)
+    spec = f"{verb.replace('-', '_')}:" + ",".join(f"{n}={made[n]}" for n in ("adapter", "wrapper") if n in made)
+    assert ("wrapper" in made) == (verb == "writer")
+    docs = kit.write(tmp_path / "d.jsonl", [{"text": "oak 1"}, {"text": "elm 2"}])
+    asked = ("ask", "Which?", "--model", model_dir, "--docs", docs, "--max-new-tokens", "2", "--store", "memory")
+    assert data(*asked, "--strategy", spec)["usage"]["reused_tokens"] > 0
+
+
 def test_kvlink(model_dir, tmp_path):
     """Danger: held-out data or a setting of the command line does not arrive."""
     file, tests = kit.write(tmp_path / "a.jsonl", kit.rows()), kit.write(tmp_path / "b.jsonl", kit.rows(12)[8:])

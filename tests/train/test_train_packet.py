@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -43,6 +44,31 @@ def test_only_vectors_are_trained(engine, tmp_path, settings):
     assert all(p.grad is None and p.requires_grad for p in engine.model.hf.parameters())
     assert len(vectors(made)) == (3 if settings.get("links") else 2)
     assert kit.same(vectors(made), vectors(Wrapper.load(tmp_path / "wrapper.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec"),
+    [
+        ({"adapter": "writer"}, "writer:adapter={0}/adapter.safetensors,wrapper={0}/wrapper.safetensors"),
+        ({"adapter": "writer", "header": 0, "trailer": 0}, "writer:adapter={0}/adapter.safetensors"),
+        ({"adapter": "query", "header": 0, "trailer": 0}, "query_lora:adapter={0}/adapter.safetensors"),
+    ],
+    ids=str,
+)
+def test_adapters_are_trained_beside_a_frozen_model(engine, tmp_path, settings, spec):
+    """Danger: an adapter changes the model, is served on other rows than it was trained on, or learns nothing."""
+    before = {n: p.clone() for n, p in engine.model.hf.named_parameters()}
+    made = train(engine, tmp_path, steps=20, evaluate_every=10, rank=2, lr=0.01, **settings)
+    assert kit.same(before, dict(engine.model.hf.named_parameters()))
+    hooks = [h for m in engine.model.hf.modules() for h in m._forward_hooks.values()]
+    assert not any(isinstance(h, functools.partial) for h in hooks)  # those of serving stay
+    history = json.loads(made.metadata["history"])
+    assert sum(history["losses"][-4:]) < 0.9 * sum(history["losses"][:4])
+    sample = kit.samples()[0]
+    served, plain = engine.with_strategy(spec.format(tmp_path)), engine.with_strategy("naive")
+    answer = [5, 6, 7]
+    scores = [e.score(sample.question, sample.documents, answer) for e in (served, plain)]
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
 
 
 def test_loss_falls_and_the_best_step_is_written(engine, tmp_path):

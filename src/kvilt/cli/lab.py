@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 evaluating = group("Measure answer quality and fidelity on datasets.")
 calibrating = group("Fit a method's settings to your model and documents.")
-training = group("Train vectors for a frozen model (packet, linked-packet), or the model itself (kvlink).")
+training = group("Train vectors or adapters for a frozen model, or the model itself (kvlink).")
 
 Config = TypeVar("Config")
 
@@ -119,6 +119,18 @@ def linked_packet(options: Loaded, data: Data, out: Out, held_out: HeldOut = Non
 
 
 @verb(training)
+def writer(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
+    """Train an adapter that encodes documents, and vectors around them; writes OUT/adapter.safetensors and a wrapper."""
+    _wrapper(options, data, out, held_out, ["adapter=writer", *(setting or [])])
+
+
+@verb(training, "query-lora")
+def query_lora(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
+    """Train an adapter of the questions; documents are encoded without it. Writes OUT/adapter.safetensors."""
+    _wrapper(options, data, out, held_out, ["adapter=query", "header=0", "trailer=0", *(setting or [])])
+
+
+@verb(training)
 def kvlink(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, setting: Set = None) -> None:
     """Fine-tune the model and its link tokens; writes a checkpoint to OUT."""
     from kvilt.lab.train.kinds import MIXTURE, weighted
@@ -137,15 +149,17 @@ def kvlink(options: Loaded, data: Data, out: Out, held_out: HeldOut = None, sett
 def _wrapper(
     options: Loaded, data: Sequence[str], out: Path, held_out: Sequence[str] | None, settings: Sequence[str]
 ) -> None:
-    from kvilt.lab.train.packet import WRAPPER, PacketConfig, train_packet
+    from kvilt.lab.train.packet import ADAPTER, WRAPPER, PacketConfig, train_packet
 
     config, (sources, tests) = configured(PacketConfig, settings), _sources(data, held_out)
     engine = options.load("block")
     with talk.meter("training") as meter:
         made = train_packet(engine, sources, config, out, tests, functools.partial(_told, meter))
     best = json.loads(made.metadata["best"])
-    lines = [f"wrapper: {out / WRAPPER}", *(f"best {name}: {value}" for name, value in best.items())]
-    show.out(options.json, {"wrapper": str(out / WRAPPER), "best": best}, lines)
+    adapter = {"adapter": str(out / ADAPTER)} if config.adapter else {}
+    files = adapter | ({"wrapper": str(out / WRAPPER)} if config.header + config.trailer + config.links else {})
+    lines = [*(f"{name}: {path}" for name, path in files.items()), *(f"best {n}: {v}" for n, v in best.items())]
+    show.out(options.json, {**files, "best": best}, lines)
 
 
 def _sources(data: Sequence[str], held_out: Sequence[str] | None) -> tuple[list[Source], list[Sample] | None]:

@@ -1,4 +1,5 @@
-"""Training of wrappers by self-distillation: KV Packet (arXiv 2604.13226, section 3) and Kvilt's linked packet."""
+"""Training for a frozen reader by self-distillation: wrappers (KV Packet, arXiv 2604.13226, section 3; Kvilt's linked packet)
+and adapters, of the documents (a writer, arXiv 2607.28069) or of the questions."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,18 +20,29 @@ from kvilt.lab.train.dense import Parts, parts_of, row_of
 from kvilt.lab.train.loop import Example, Loop, Progress, Report, Run, Settings
 from kvilt.lab.train.questions import with_questions
 from kvilt.lab.train.teacher import Target, Teacher
-from kvilt.lab.train.trained import Vectors
+from kvilt.lab.train.trained import LowRank, Trained, Vectors, Where
+from kvilt.rows import adapter as adapters
 from kvilt.strategies.kv_packet import KVPacket
 from kvilt.strategies.linked_packet import LAYOUTS, LinkedPacket
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import digest_of
 
-WRAPPER, TRAINING = "wrapper.safetensors", "training"  # the result, and a folder that may go once it is there
+WRAPPER, ADAPTER, TRAINING = (
+    "wrapper.safetensors",
+    "adapter.safetensors",
+    "training",
+)  # results; a folder that may go then
+ADAPTERS = {"writer": "encoded", "query": "asked"}  # which rows of a pass each kind of adapter acts on
+ADAPTER_LR = 1e-3
+VECTORS = ("header", "trailer", "links")
 
 
 @dataclass(frozen=True)
 class PacketConfig(Settings):
-    """Settings of a wrapper's training; the defaults are the paper's where it names any."""
+    """Settings of a training for a frozen reader; the defaults are the paper's where it names any."""
+
+    adapter: str = ""  # train one, too: "writer" encodes the documents, "query" reads the question; "": vectors alone
+    rank: int = 16  # of the adapter
 
     header: int = 8  # learned vectors before a document
     trailer: int = 8  # and after it
@@ -41,7 +54,9 @@ class PacketConfig(Settings):
     answers: str = "teacher"  # the teacher's own greedy answers, or "data": the data's
     top_k: int = 64  # tokens of the teacher's distributions that are kept; the rest count as one
     answer_tokens: int = 64  # longest answer
-    lr: float = 0.0  # 0: a twentieth of the embedding matrix's standard deviation (5e-4 for Llama-3.1-8B)
+    lr: float = (
+        0.0  # 0: a twentieth of the embedding matrix's standard deviation (5e-4 for Llama-3.1-8B); adapters 1e-3
+    )
     views: int = 4  # draws of document order and count per sample
     fewest: int = 1  # documents of a draw at least; 0: always all
 
@@ -50,7 +65,9 @@ class PacketConfig(Settings):
         vectors = (self.header, self.trailer, self.links)
         return {
             **super().wrong(),
-            "header, trailer, links": min(vectors) < 0 or sum(vectors) == 0,
+            "header, trailer, links": min(vectors) < 0 or (sum(vectors) == 0 and not self.adapter),
+            "adapter": self.adapter not in ("", *ADAPTERS),
+            "rank": self.rank < 1,
             "layout": self.layout not in LAYOUTS,
             "loss": self.loss not in ("kl", "ce"),
             "answers": self.answers not in ("teacher", "data"),
@@ -63,14 +80,15 @@ def train_packet(
     engine: Engine, samples: Sequence[Sample] | Sequence[Source], config: PacketConfig, out: str | Path,
     held_out: Sequence[Sample] | None = None, on_progress: Report = lambda _: None,
 ) -> Wrapper:  # fmt: skip
-    """Train header, trailer (and link) vectors for a frozen model; OUT/wrapper.safetensors gets the best held-out step.
+    """Train vectors around documents, or an adapter, or both for a frozen model; OUT/wrapper.safetensors and
+    OUT/adapter.safetensors get the best held-out step.
 
     Run again with the same arguments, it goes on from its last checkpoint and ends with the same vectors; with more
     `steps` it goes on beyond its end. Raises TrainError for bad data or settings before anything is trained, and when the
     loss is no longer a number."""
     config.check()
     c, folder, sources = config, Path(out) / TRAINING, sources_of(samples)
-    c = replace(c, lr=c.lr or engine.info.embedding_stats[1] / 20)
+    c = replace(c, lr=c.lr or (ADAPTER_LR if c.adapter else engine.info.embedding_stats[1] / 20))
     check_samples([*(s for source in sources for s in source.samples), *(held_out or ())], c.answers == "data")
     on_progress(Progress("questions", 0, 1))
     if held_out is not None:
@@ -81,8 +99,13 @@ def train_packet(
     run = _run(engine, wrapper, (*sources, tests), c, folder, on_progress)
     state, sizes = Loop(run).train(), {s.name or "data": len(s.samples) for s in (*sources, tests)}
     making = wrapper.metadata | _making(engine, run, state, sizes)
-    made = replace(wrapper, **run.trained.values(), metadata=making)  # type: ignore[arg-type]
-    made.save(Path(out) / WRAPPER)
+    vectors = {name: v for name, v in run.trained.values().items() if name in VECTORS}
+    made = replace(wrapper, **vectors, metadata=making)  # type: ignore[arg-type]
+    if vectors:
+        made.save(Path(out) / WRAPPER)
+    if isinstance(run.trained, LowRank):
+        adapters.save(run.trained.adapter(), Path(out) / ADAPTER, **making)
+        run.trained.release()
     return made
 
 
@@ -91,9 +114,12 @@ def _run(
 ) -> Run:
     """The teacher's answers, and which sample is used when."""
     prompts, targets = dict[Pick, Parts](), dict[Pick, Target]()
-    strategy, names = student(wrapper, c), ("header", "trailer", "links")
-    parts = {n: v for n in names if (v := getattr(wrapper, n)) is not None}
-    trained = Vectors(engine.model, parts, names[:2] if c.links_only else ())
+    strategy = student(wrapper, c)
+    parts = {n: v for n in VECTORS if (v := getattr(wrapper, n)) is not None and len(v)}
+    trained: Trained = Vectors(engine.model, parts, VECTORS[:2] if c.links_only else ())
+    if c.adapter:
+        only, where = ("q_proj",) if c.adapter == "query" else (), cast(Where, ADAPTERS[c.adapter])
+        trained = LowRank(engine.model, c.rank, only=only, where=where, seed=c.seed, vectors=parts)
 
     def example(pick: Pick) -> Example:
         row = row_of(strategy, prompts[pick], targets[pick].answer)
@@ -118,6 +144,7 @@ def _run(
         ahead = (time.monotonic() - began) / tokens * (total - tokens) if tokens else 0.0
         report(Progress("teacher", tokens, total, left + ahead))
 
+    trained.idle()
     teacher = Teacher(engine.model, folder / "teacher", c.answer_tokens, c.top_k, c.answers == "teacher")
     targets.update(zip(every, teacher.targets([prompts[p] for p in every], asked), strict=True))
     return run

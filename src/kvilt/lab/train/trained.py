@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -42,6 +42,9 @@ class Trained:
         """The learned vectors that ids below zero name, (vectors, hidden)."""
         return None
 
+    def idle(self) -> None:
+        """Stay out of the passes that follow, until `logits` is called again."""
+
     def values(self) -> dict[str, Tensor]:
         """A copy of what was learned."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -74,15 +77,17 @@ class LowRank(Trained):
     """LoRA (arXiv 2106.09685) on the layers' projections, and rows of their own for the embeddings of `ids`.
 
     `where` says which rows of a pass feel it: all; those of documents encoded alone (a writer that a frozen reader
-    reads); or those of question and answer. `only` names the projections, as ("q_proj",); empty: every one."""
+    reads); or those of question and answer. `only` names the projections, as ("q_proj",); empty: every one. `vectors`
+    are learned beside it, as `Vectors` does; then there are no `ids`."""
 
     SCALE = 2.0  # lora_alpha / rank
 
     def __init__(
         self, model: Model, rank: int, ids: Sequence[int] = (), only: Sequence[str] = (), where: Where = "all",
-        half: torch.dtype | None = None, seed: int = 0,
+        half: torch.dtype | None = None, seed: int = 0, vectors: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, {}, half)
+        self.vectors = {name: part.clone() for name, part in (vectors or {}).items()}
+        super().__init__(model, dict(self.vectors), half)
         self.ids, self.where = list(ids), where
         self._felt: Tensor | None = None  # (batch, rows, 1) bool: where the additions act
         self._modules = {n: m for n, m in projections(model.hf).items() if not only or n.rpartition(".")[2] in only}
@@ -107,11 +112,17 @@ class LowRank(Trained):
             batch = replace(batch, tokens=torch.where(placed < 0, placed, batch.tokens))
         return super().logits(batch)
 
+    def idle(self) -> None:
+        """Stay out of the passes that follow, until `logits` is called again."""
+        self._felt = None
+
     def table(self) -> Tensor | None:
-        """The rows of `ids`."""
-        return self.parameters.get("rows")
+        """The rows of `ids`, or the vectors beside the adapter."""
+        return torch.cat(list(self.vectors.values())) if self.vectors else self.parameters.get("rows")
 
     def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.where != "all" and self._felt is None:  # a pass that is none of the training's
+            return output
         x, a, b = inputs[0], self.parameters[f"{name}.A"], self.parameters[f"{name}.B"]
         low = self.SCALE * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         return output + (low if self._felt is None else low * self._felt)
