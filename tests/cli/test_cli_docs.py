@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from cli_docs import MARKED, PAGE, updated
 
-from kvilt.cli import cache
+from kvilt.cli import cache, collections
 from kvilt.cli.app import app
 
 ELSEWHERE = {"demo"}  # on the README, and in docs/training.md and docs/evaluation.md the verbs of others
@@ -26,4 +26,6 @@ def test_help_texts_are_not_stale() -> None:
 def test_every_verb_is_described() -> None:
     """Danger: a verb that nobody finds."""
     described = {m[2] for m in MARKED.finditer(PAGE.read_text())}
-    assert described == names(app) | {f"cache {name}" for name in names(cache.app)}
+    assert described == names(app) | {
+        f"{group} {name}" for group, of in (("cache", cache.app), ("collection", collections.app)) for name in names(of)
+    }

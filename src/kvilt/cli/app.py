@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from kvilt.cli import bench, cache, catalogue, check, lab, serving, show, talk, work
+from kvilt.cli import bench, cache, catalogue, check, collections, lab, serving, show, talk, work
 from kvilt.cli.options import Loaded, Output, Several, group, verb
 from kvilt.errors import MissingExtra
 
 app = group("Encode every document once, alone, and reuse its KV cache in any prompt.")
 app.add_typer(cache.app, name="cache")
+app.add_typer(collections.app, name="collection")
 app.add_typer(bench.app, name="bench")
 app.add_typer(lab.evaluating, name="evaluate")
 app.add_typer(lab.training, name="train")

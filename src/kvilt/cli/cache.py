@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +11,12 @@ from typer import Argument, Option
 from kvilt.cli import FAILED, show, talk
 from kvilt.cli.options import Stored, group, verb
 from kvilt.corpora import tidy
+from kvilt.errors import UserError
+from kvilt.rows.files import name_of
+from kvilt.stores.entry import Entry
 from kvilt.stores.sizes import parse_size, show_size
+
+SHORTEST = 4  # characters of a key that are worth looking up
 
 app = group("Look at a store and tidy it.")
 
@@ -38,7 +44,7 @@ def ls(options: Stored, sort: Sort = "") -> None:
 @verb(app, "show")
 def show_(options: Stored, key: Key, variant: Variant = "") -> None:
     """Show one stored document and what it was made by."""
-    for entry in tidy.matching(list(options.entries()), key, variant):
+    for entry in _matching(list(options.entries()), key, variant):
         show.out(options.json, asdict(entry), show.entry(entry))
 
 
@@ -46,7 +52,7 @@ def show_(options: Stored, key: Key, variant: Variant = "") -> None:
 def rm(options: Stored, keys: Keys = None, everything: Everything = False, variant: Variant = "") -> None:
     """Delete stored documents. Nothing is lost but the time to encode them again."""
     store = options.open_store()
-    removed = [e for e in tidy.named(list(options.entries()), keys, everything, variant) if store.delete(e.key)]
+    removed = [e for e in _named(list(options.entries()), keys, everything, variant) if store.delete(e.key)]
     data = {"removed": len(removed), "freed_bytes": sum(e.bytes for e in removed)}
     show.out(options.json, data, [f"{len(removed):,} removed, {show_size(data['freed_bytes'])} freed"])
 
@@ -83,7 +89,7 @@ def pin(
 ) -> None:
     """Keep documents from eviction and expiry."""
     store, name = options.open_store(), "unpinned" if release else "pinned"
-    done = sum(store.pin(e.key, not release) for e in tidy.named(list(options.entries()), keys, everything, variant))
+    done = sum(store.pin(e.key, not release) for e in _named(list(options.entries()), keys, everything, variant))
     show.out(options.json, {name: done}, [f"{done:,} {name}"])
 
 
@@ -112,3 +118,25 @@ def gc(options: Stored) -> None:
     """Delete expired documents, leftovers of killed writers, and what is over budget; bring the catalogue up to date."""
     freed = options.open_store().gc()
     show.out(options.json, {"freed_bytes": freed}, [f"{show_size(freed)} freed"])
+
+
+def _named(entries: Sequence[Entry], keys: Sequence[str] | None, everything: bool, kind: str) -> list[Entry]:
+    """The documents that titles or beginnings of keys name, or all of them. Raises UserError."""
+    if bool(keys) == everything:
+        raise UserError("say which documents: titles, beginnings of keys, or --all.")
+    return list(entries) if everything else [e for key in keys or [] for e in _matching(entries, key, kind)]
+
+
+def _matching(entries: Sequence[Entry], wanted: str, kind: str) -> list[Entry]:
+    """The document with this title or beginning of a key; of several variants the one that is meant, or all.
+
+    Raises UserError."""
+    wanted = name_of(wanted)
+    called = [e for e in entries if e.title == wanted or (len(wanted) >= SHORTEST and e.key.startswith(wanted))]
+    if not called:
+        raise UserError(f"no stored document is called {wanted!r} or has a key that begins so. See: kvilt cache ls.")
+    meant = [e for e in called if kind in ("", "all") or any(v.startswith(kind) for v in tidy.variant(e))]
+    if len(meant) == 1 or (meant and kind == "all"):
+        return meant
+    listed = "; ".join(" ".join((e.key[:12], *tidy.variant(e))) for e in called)
+    raise UserError(f"{len(called)} documents match {wanted!r}: {listed}. Give a key, or --variant, or --variant all.")

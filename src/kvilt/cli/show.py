@@ -15,6 +15,8 @@ from kvilt.stores.sizes import show_size
 
 if TYPE_CHECKING:
     from kvilt.check.doctor import Diagnosis
+    from kvilt.corpora.collection import Taken
+    from kvilt.corpora.estimate import Estimate
     from kvilt.corpora.tidy import Share
     from kvilt.engine.encoder import EncodeReport
     from kvilt.plan import Plan
@@ -54,6 +56,29 @@ def encoded(report: EncodeReport, dry_run: bool) -> str:
     cost = f"about {r.seconds:,.0f} s" if dry_run else f"{r.seconds:,.1f} s ({speed})"
     size = show_size(r.bytes)
     return f"{r.documents:,} documents: {work}, {r.present:,} already stored; {r.tokens:,} tokens, {size}, {cost}"
+
+
+def costs(e: Estimate) -> Iterator[str]:
+    """What encoding and requests cost."""
+    yield f"to encode, once: {_money(e.encoding)}; to keep, a month: {_money(e.storage_month)}"
+    if e.request_tokens:
+        yield f"a million requests of {e.request_tokens:,} tokens of documents, to the first token:"
+        yield f"  prefilled  {_money(e.prefill_million)}  ({e.prefill_s:.3f} s each)"
+        yield f"  reused     {_money(e.reuse_million)}  ({e.reuse_s:.3f} s each, with loading from the local disk)"
+        pays = "never" if e.break_even_month is None else f"from {e.break_even_month:,.0f} requests a month on"
+        yield f"  keeping them pays {pays}"
+
+
+def _money(amount: float) -> str:
+    """An amount in cents, or where it is less than that what matters of it."""
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
+
+
+def taken(t: Taken) -> Iterator[str]:
+    """What was found in a collection."""
+    yield from t.problems
+    signed = f"signed by {t.signer}" if t.signer else "not signed"
+    yield f"{t.whole:,} documents are whole, {len(t.problems):,} are not; {t.stored:,} stored; {signed}"
 
 
 def usage(answer: Answer) -> str:

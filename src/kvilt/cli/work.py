@@ -131,7 +131,7 @@ def _reported(options: Run, report: EncodeReport, bad: Sequence[str], foreseen: 
     failed, dry_run = (*bad, *report.failed), foreseen is not None
     data = dataclasses.asdict(report) | {"failed": failed, "dry_run": dry_run}
     data |= {"costs": {k: v for k, v in vars(foreseen).items() if k != "report"}} if foreseen else {}
-    show.out(options.json, data, [show.encoded(report, dry_run), *(foreseen.lines() if foreseen else ())])
+    show.out(options.json, data, [show.encoded(report, dry_run), *(show.costs(foreseen) if foreseen else ())])
     for message in failed[:NAMED]:
         talk.fail(message)
     if len(failed) > NAMED:

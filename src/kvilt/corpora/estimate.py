@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvilt.engine.encoder import Encoder, EncodeReport, Item
@@ -48,18 +48,6 @@ class Estimate:
         None  # requests from which on storing is cheaper than prefilling; None: it never is
     )
 
-    def lines(self) -> Iterator[str]:
-        """The same for people."""
-        yield f"to encode, once: {money(self.encoding)}; to keep, a month: {money(self.storage_month)}"
-        if self.request_tokens:
-            yield f"a million requests of {self.request_tokens:,} tokens of documents, to the first token:"
-            yield f"  prefilled  {money(self.prefill_million)}  ({self.prefill_s:.3f} s each)"
-            yield f"  reused     {money(self.reuse_million)}  ({self.reuse_s:.3f} s each, with loading from the local disk)"
-            pays = (
-                "never" if self.break_even_month is None else f"from {self.break_even_month:,.0f} requests a month on"
-            )
-            yield f"  keeping them pays {pays}"
-
 
 def dry_run(encoder: Encoder, documents: Sequence[Document], sample: int = SAMPLE) -> EncodeReport:
     """What `encoder.encode` would do: documents, bytes, and seconds extrapolated from encoding `sample` of them unstored."""
@@ -79,11 +67,6 @@ def _plain_size(encoder: Encoder, items: Sequence[Item]) -> int:
     e = encoder.encoding
     around = (len(e.before) + len(e.after)) if e.keep else 0
     return sum(len(i.ids) + around for i in items) * encoder.model.bytes_per_token
-
-
-def money(amount: float) -> str:
-    """An amount for people: cents, or where it is less than that what matters of it."""
-    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.2g}"
 
 
 def estimate(engine: Engine, documents: Sequence[Document], prices: Prices) -> Estimate:

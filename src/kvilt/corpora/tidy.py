@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvilt.errors import UserError, did_you_mean
-from kvilt.rows.files import name_of
 from kvilt.stores.entry import Entry
 
-SHORTEST = 4  # characters of a key that are worth looking up
 ORDERS: dict[str, Callable[[Entry], float]] = {  # what comes first is shown first
     "size": lambda e: -e.bytes,
     "used": lambda e: -e.used,
@@ -100,28 +98,6 @@ def parse_span(text: str) -> float:
     if match is None:
         raise UserError(f"{text!r} is no time: write it like 30d, 12h, 90m or a number of seconds.")
     return float(match[1]) * SPANS[match[2]]
-
-
-def named(entries: Sequence[Entry], keys: Sequence[str] | None, everything: bool, kind: str) -> list[Entry]:
-    """The documents that titles or beginnings of keys name, or all of them. Raises UserError."""
-    if bool(keys) == everything:
-        raise UserError("say which documents: titles, beginnings of keys, or --all.")
-    return list(entries) if everything else [e for key in keys or [] for e in matching(entries, key, kind)]
-
-
-def matching(entries: Sequence[Entry], wanted: str, kind: str) -> list[Entry]:
-    """The document with this title or beginning of a key; of several variants the one that is meant, or all.
-
-    Raises UserError."""
-    wanted = name_of(wanted)
-    called = [e for e in entries if e.title == wanted or (len(wanted) >= SHORTEST and e.key.startswith(wanted))]
-    if not called:
-        raise UserError(f"no stored document is called {wanted!r} or has a key that begins so. See: kvilt cache ls.")
-    meant = [e for e in called if kind in ("", "all") or any(v.startswith(kind) for v in variant(e))]
-    if len(meant) == 1 or (meant and kind == "all"):
-        return meant
-    listed = "; ".join(" ".join((e.key[:12], *variant(e))) for e in called)
-    raise UserError(f"{len(called)} documents match {wanted!r}: {listed}. Give a key, or --variant, or --variant all.")
 
 
 def variant(stored: Entry) -> tuple[str, str, str, str]:
