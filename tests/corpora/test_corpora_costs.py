@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cli_kit import data, error, run, stored, write_documents
 from core_kit import DOCUMENTS
+from kvilt.cli.cache import parse_span
 from kvilt.corpora import tidy
-from kvilt.corpora.estimate import Prices, estimate
+from kvilt.corpora.estimate import estimate
 from kvilt.engine.engine import Engine
 from kvilt.errors import UserError
 from kvilt.stores.entry import Entry
 from kvilt.types import Document
+
+PRICES: dict[str, Any] = {"gb_month": 0.023, "gpu_hour": 1.79, "per_request": 10}
 
 
 def entry(key: str, size: int, used: float, *, model: str = "m", pinned: bool = False, hits: int = 0) -> Entry:
@@ -28,7 +32,7 @@ def test_a_dry_run_foresees_bytes_and_prices_and_stores_nothing(tmp_path: Path) 
     """Danger: the estimate fills the user's store, or its sums are of something else than the prices say."""
     engine = Engine.load("builtin", store=f"disk:path={tmp_path / 'store'}")
     documents = [Document(d.text * 20, d.title, d.id) for d in DOCUMENTS]
-    made = estimate(engine, documents, Prices(gb_month=1000.0, gpu_hour=3600.0, per_request=4))
+    made = estimate(engine, documents, gb_month=1000.0, gpu_hour=3600.0, per_request=4)
     assert not stored(tmp_path / "store")
     assert made.report.bytes == engine.encode(documents).bytes
     assert made.storage_month == pytest.approx(made.report.bytes / 1e6)
@@ -43,9 +47,9 @@ def test_a_dry_run_foresees_bytes_and_prices_and_stores_nothing(tmp_path: Path) 
 def test_what_cannot_be_measured_is_not_made_up() -> None:
     """Danger: a division by zero, or a price for a request of no documents."""
     engine = Engine.load("builtin", store="memory")
-    assert estimate(engine, [], Prices()).request_tokens == 0
+    assert estimate(engine, [], **PRICES).request_tokens == 0
     engine.encode(DOCUMENTS)
-    known = estimate(engine, DOCUMENTS, Prices())
+    known = estimate(engine, DOCUMENTS, **PRICES)
     assert (known.report.encoded, known.encoding) == (0, 0.0)
     assert known.prefill_s > 0
 
@@ -112,4 +116,4 @@ def test_prune_on_a_real_store(model_dir: Path, store: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5h", 5400), ("2w", 1209600)])
 def test_times(text: str, seconds: float) -> None:
     """Danger: minutes are read as months."""
-    assert tidy.parse_span(text) == seconds
+    assert parse_span(text) == seconds

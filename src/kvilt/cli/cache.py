@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
@@ -17,6 +18,7 @@ from kvilt.stores.entry import Entry
 from kvilt.stores.sizes import parse_size, show_size
 
 SHORTEST = 4  # characters of a key that are worth looking up
+SPANS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 app = group("Look at a store and tidy it.")
 
@@ -74,7 +76,7 @@ def prune(
     dry_run: DryRun = False,
 ) -> None:
     """Delete documents of a model, unused ones, or what is over a size. Pinned ones stay."""
-    oldest = tidy.parse_span(unused) if unused else None
+    oldest = parse_span(unused) if unused else None
     going = tidy.surplus(options.entries(), parse_size(budget, "--budget"), oldest, model, keep)
     store = options.open_store()
     gone = going if dry_run else [e for e in going if store.delete(e.key)]
@@ -118,6 +120,14 @@ def gc(options: Stored) -> None:
     """Delete expired documents, leftovers of killed writers, and what is over budget; bring the catalogue up to date."""
     freed = options.open_store().gc()
     show.out(options.json, {"freed_bytes": freed}, [f"{show_size(freed)} freed"])
+
+
+def parse_span(text: str) -> float:
+    """Seconds of "30d", "12h", "90m" or a number of seconds. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", text)
+    if match is None:
+        raise UserError(f"{text!r} is no time: write it like 30d, 12h, 90m or a number of seconds.")
+    return float(match[1]) * SPANS[match[2]]
 
 
 def _named(entries: Sequence[Entry], keys: Sequence[str] | None, everything: bool, kind: str) -> list[Entry]:

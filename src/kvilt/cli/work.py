@@ -100,9 +100,9 @@ def encode(
     encoder = engine.encoder if ttl is None else dataclasses.replace(engine.encoder, ttl=ttl)
     with talk.meter("encoding") as meter:
         if dry_run:
-            from kvilt.corpora.estimate import Prices, estimate
+            from kvilt.corpora.estimate import estimate
 
-            foreseen = estimate(engine, documents, Prices(**vars(costs)))
+            foreseen = estimate(engine, documents, **vars(costs))
             return _reported(options, foreseen.report, bad, foreseen)
         report = encoder.encode(documents, functools.partial(_told, meter), keep_going=True)
     return _reported(options, report, bad)

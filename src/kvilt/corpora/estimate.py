@@ -24,15 +24,6 @@ MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What things cost, in one currency, and how many documents a request holds."""
-
-    gb_month: float = 0.023
-    gpu_hour: float = 1.79  # or whatever an hour of a machine like this one costs
-    per_request: int = 10
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What encoding would do and cost, in the currency of the prices. What could not be measured is 0."""
 
@@ -69,18 +60,21 @@ def _plain_size(encoder: Encoder, items: Sequence[Item]) -> int:
     return sum(len(i.ids) + around for i in items) * encoder.model.bytes_per_token
 
 
-def estimate(engine: Engine, documents: Sequence[Document], prices: Prices) -> Estimate:
+def estimate(
+    engine: Engine, documents: Sequence[Document], *, gb_month: float, gpu_hour: float, per_request: int
+) -> Estimate:
     """What encoding the documents would take; nothing is stored.
 
-    Takes as long as encoding four documents and answering one request."""
+    `gb_month` is the price of a GB kept for a month, `gpu_hour` that of an hour of this machine; a request holds
+    `per_request` documents. Takes as long as encoding four documents and answering one request."""
     report, encoder = dry_run(engine.encoder, documents), engine.encoder
     items = sorted(encoder.items(documents[:LOOKED_AT], []), key=lambda i: len(i.ids))
     chosen = items[len(items) // 2 :][:SAMPLE]
-    once, month = report.seconds / 3600 * prices.gpu_hour, report.bytes / 1e9 * prices.gb_month
+    once, month = report.seconds / 3600 * gpu_hour, report.bytes / 1e9 * gb_month
     if not chosen:
         return Estimate(report, once, month)
     mean, room = sum(len(i.ids) for i in items) / len(items), engine.model.context_length - SPARE
-    count = max(1, min(prices.per_request, room // max(len(chosen[-1].ids), 1)))
+    count = max(1, min(per_request, room // max(len(chosen[-1].ids), 1)))
     asked = [chosen[i % len(chosen)] for i in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(folder)
@@ -91,8 +85,8 @@ def estimate(engine: Engine, documents: Sequence[Document], prices: Prices) -> E
         for _ in range(2):  # the first one is slower
             usage = probe.answer(QUESTION, [i.document for i in asked], max_new_tokens=1).usage
         store.close()
-    wanted = round(mean * prices.per_request)
+    wanted = round(mean * per_request)
     prefill, reuse = wanted / rate, usage.ttft_s * wanted / sum(len(i.ids) for i in asked)
-    computed, reused = (MILLION * seconds / 3600 * prices.gpu_hour for seconds in (prefill, reuse))
+    computed, reused = (MILLION * seconds / 3600 * gpu_hour for seconds in (prefill, reuse))
     pays = MILLION * month / (computed - reused) if computed > reused else None
     return Estimate(report, once, month, wanted, prefill, reuse, computed, reused, pays)

@@ -17,7 +17,6 @@ ORDERS: dict[str, Callable[[Entry], float]] = {  # what comes first is shown fir
     "hits": lambda e: -e.hits,
     "age": lambda e: e.created,
 }
-SPANS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,6 @@ def surplus(
         going.append(e)
         excess -= e.bytes
     return going
-
-
-def parse_span(text: str) -> float:
-    """Seconds of "30d", "12h", "90m" or a number of seconds. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", text)
-    if match is None:
-        raise UserError(f"{text!r} is no time: write it like 30d, 12h, 90m or a number of seconds.")
-    return float(match[1]) * SPANS[match[2]]
 
 
 def variant(stored: Entry) -> tuple[str, str, str, str]:
