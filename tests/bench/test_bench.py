@@ -79,3 +79,13 @@ def test_rates_beside_transformers(verb: tuple[object, ...], model_dir: Path) ->
     result = data("bench", *verb, "--model", model_dir, "--repeats", 1)
     assert set(result["tokens_per_s"]) == {"kvilt", "transformers"}
     assert result["ratio"] > 0
+
+
+def test_ttft_of_a_shape_as_a_new_user_types_it(tmp_path: Path) -> None:
+    """Danger: the defaults of the options are no device, or rows in memory are rows of the disk under another name."""
+    out = tmp_path / "out"
+    said = ("--shape", "llama-30m", "--documents", 1, "--repeats", 1, "--strategy", "block", "--memory", "--out", out)
+    rows = data("bench", "ttft", *said)["points"][0]["rows"]
+    assert set(rows) == {"full", "block", "block (memory)"}
+    assert rows["block"]["bytes"] == rows["block (memory)"]["bytes"] > 0
+    assert (out / "ttft.png").is_file()

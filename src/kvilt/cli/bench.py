@@ -32,12 +32,14 @@ Compress = Annotated[str, Option(help="Compression of the documents: keydiff:kee
 Compressions = Annotated[list[str] | None, Option("--compress", help="What to measure, beside none.")]
 Out = Annotated[Path | None, Option(help="Folder for the JSON result (and plot).")]
 Keep = Annotated[Path | None, Option(help="Folder that keeps the caches between runs.")]
+Memory = Annotated[bool, Option("--memory", help="Measure every strategy from this process's memory, too.")]
 
 
 @verb(app)
 def ttft(
     options: Loaded, shape: Shape = "llama-1b", docs: Docs = None, documents: Counts = "2,4,10,16,32",
     strategy: Strategies = None, compress: Compress = "", repeats: Repeats = 3, out: Out = None, keep: Keep = None,
+    memory: Memory = False,
 ) -> None:  # fmt: skip
     """Time to first token per strategy, beside full prefill and beside the floor; of --model, or of a shape."""
     from kvilt.lab.bench import ttft as bench
@@ -46,7 +48,7 @@ def ttft(
         raise UserError(f"--documents {documents}: write numbers with commas, as 2,4,8.")
     chosen = strategy or (["block"] if options.model else STRATEGIES)
     counts = [int(n) for n in documents.split(",")]
-    result = bench.run(_subject(options, shape, docs), counts, chosen, repeats, talk.say, keep, compress)
+    result = bench.run(_subject(options, shape, docs), counts, chosen, repeats, talk.say, keep, compress, memory)
     _finish("ttft", result, out, "" if options.json else bench.table(result))
     if out:
         bench.plot(result, out / "ttft.png")

@@ -37,7 +37,7 @@ def load_model(
     `dtype` "auto" is the checkpoint's own on CUDA; on a CPU bfloat16 where checkpoint and CPU are made for it, else float32.
     Code that comes with a model runs only with `trust_remote_code`. Raises ModelError where something cannot be loaded, or
     not be served exactly."""
-    place = _device(device)
+    place = choose_device(device)
     with _explained(f"model {name!r}", name):
         name = folder(name)
         described = beside(name, "adapter_config.json")
@@ -180,7 +180,8 @@ def _cpu_flags() -> set[str]:
     return set(known.read_text().split()) if known.is_file() else set()
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Where to compute; "auto" is CUDA where there is any. Raises SpecError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

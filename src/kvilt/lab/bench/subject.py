@@ -16,7 +16,7 @@ from kvilt import builtin
 from kvilt.engine.text import TextFormat
 from kvilt.errors import SpecError
 from kvilt.model.identity import tokenizer_digest
-from kvilt.model.loading import choose_dtype, load_model
+from kvilt.model.loading import choose_device, choose_dtype, load_model
 from kvilt.model.model import Model
 from kvilt.types import Document
 
@@ -86,8 +86,9 @@ def random_subject(shape: str, dtype: str = "float32", device: str = "cpu") -> S
     if shape not in SHAPES:
         raise SpecError(f"unknown shape {shape!r}. Known: {', '.join(SHAPES)}.")
     torch.manual_seed(0)
-    kind, _ = choose_dtype(dtype, torch.bfloat16, torch.device(device))
-    with torch.device(device):
+    place = choose_device(device)
+    kind, _ = choose_dtype(dtype, torch.bfloat16, place)
+    with place:
         hf = LlamaForCausalLM(SHAPES[shape].config()).to(kind)
     hf.generation_config.eos_token_id = None  # random weights must not end an answer early
     tokenizer = word_tokenizer()

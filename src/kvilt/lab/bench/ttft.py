@@ -7,6 +7,7 @@ rows at the rate at which `readinto` reads the same files into a reused buffer."
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from kvilt.model.model import Model
 from kvilt.plan import Plan
 from kvilt.registry import build
 from kvilt.stores.disk import DiskStore
+from kvilt.stores.memory import MemoryStore
 from kvilt.strategies.base import Strategy
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Document
@@ -43,11 +45,12 @@ class Setting:
 
 def run(
     subject: Subject, counts: Sequence[int], strategies: Sequence[str], repeats: int,
-    note: Callable[[str], None], keep: Path | None = None, compress: str = "",
+    note: Callable[[str], None], keep: Path | None = None, compress: str = "", memory: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """TTFT rows per number of documents, full prefill always among them; caches are kept in `keep` for the next run.
 
-    Counts that the model's context does not hold are left out. Raises UserError when it holds none."""
+    With `memory` every reusing strategy is measured once more with its documents in this process's memory. Counts that the
+    model's context does not hold are left out. Raises UserError when it holds none."""
     context, s = subject.model.context_length, subject.model.shape
     fitting = [n for n in counts if (n + 1) * DOCUMENT_TOKENS <= context]
     if len(fitting) < len(counts):
@@ -59,7 +62,7 @@ def run(
     with tempfile.TemporaryDirectory() as temporary:
         for count in fitting:
             note(f"{count} documents of {DOCUMENT_TOKENS} tokens: encoding")
-            made = setting(subject, specs, keep or Path(temporary), count, compress)
+            made = setting(subject, specs, keep or Path(temporary), count, compress, memory)
             note(f"{count} documents of {DOCUMENT_TOKENS} tokens: measuring")
             rows = measure(made, repeats, full_once=count * DOCUMENT_TOKENS > LONG_CONTEXT)
             made.store.close()
@@ -68,7 +71,9 @@ def run(
     return {"shape": subject.name, **made_with, "compress": compress, "points": points}
 
 
-def setting(subject: Subject, specs: Sequence[str], folder: Path, documents: int, compress: str = "") -> Setting:
+def setting(
+    subject: Subject, specs: Sequence[str], folder: Path, documents: int, compress: str = "", memory: bool = False
+) -> Setting:
     """Encode the documents for every strategy; WRAPPER in a specification stands for random vectors."""
     logging.getLogger("kvilt").setLevel(logging.ERROR)
     store, wrapper = DiskStore(str(folder / "store")), folder / "wrapper.safetensors"
@@ -83,6 +88,10 @@ def setting(subject: Subject, specs: Sequence[str], folder: Path, documents: int
         engines[spec] = Engine(subject.model, subject.text, strategy, store, compress=compress)
         if engines[spec].strategy.encoding is not None:
             engines[spec].encode(texts)
+            if memory:
+                held = MemoryStore("64GB")
+                engines[f"{spec} (memory)"] = Engine(subject.model, subject.text, strategy, held, compress=compress)
+                engines[f"{spec} (memory)"].encode(texts)
     return Setting(engines, texts, subject.question, store)
 
 
@@ -163,7 +172,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _cells(context: int, name: str, row: dict[str, Any]) -> list[str]:
     taken, share = row["ttft_s"], f"{100 * row['of_full']:.2f} %" if "of_full" in row else ""
-    head = [str(context), name.split(":wrapper")[0], str(taken["n"]), f"{taken['median']:.3f}", share]
+    head = [str(context), re.sub(":wrapper=[^ ]*", "", name), str(taken["n"]), f"{taken['median']:.3f}", share]
     if "floor_s" not in row:
         return [*head, "", "", "", ""]
     costs = [f"{row['floor_s']:.3f}", f"{row['of_floor']:.2f}", str(row["computed_tokens"])]
@@ -176,7 +185,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for name in dict.fromkeys(name for p in result["points"] for name in p["rows"]):
         here = [(p["context"], p["rows"][name]) for p in result["points"] if name in p["rows"]]
         contexts, rows = [c for c, _ in here], [row for _, row in here]
-        line = axes.plot(contexts, [r["ttft_s"]["median"] for r in rows], "o-", label=name.split(":wrapper")[0])
+        line = axes.plot(
+            contexts, [r["ttft_s"]["median"] for r in rows], "o-", label=re.sub(":wrapper=[^ ]*", "", name)
+        )
         if all("floor_s" in r for r in rows):
             axes.plot(contexts, [r["floor_s"] for r in rows], ":", color=line[0].get_color())
     axes.set(xscale="log", yscale="log", xlabel="context tokens", ylabel="time to first token, s")
