@@ -143,6 +143,12 @@ function parts(segment) {
   return { kept, reused: Math.max(0, (segment.reused ?? 0) - kept), computed: Math.max(0, (segment.computed ?? 0) - Math.max(0, kept - (segment.reused ?? 0))) };
 }
 
+function sums(segments) {
+  const total = { reused: 0, kept: 0, computed: 0 };
+  for (const s of segments) for (const [kind, n] of Object.entries(parts(s))) total[kind] += n;
+  return total;
+}
+
 function drawPlan() {
   const focused = document.activeElement?.closest?.("#plan .strip")?.dataset.id;
   const strips = segmentsShown().map((s) => (s.kind === "document" && s.id ? strip(s) : fixed(s)));
@@ -150,8 +156,7 @@ function drawPlan() {
   const movable = [...$("plan").querySelectorAll(".strip[data-id]")];
   (movable.find((s) => s.dataset.id === focused) ?? movable[0])?.setAttribute("tabindex", "0");
   if (focused) movable.find((s) => s.dataset.id === focused)?.focus();
-  const total = { reused: 0, kept: 0, computed: 0 };
-  for (const s of state.segments) for (const [name, n] of Object.entries(parts(s))) total[name] += n;
+  const total = sums(state.segments);
   const known = segmentsShown() === state.segments && state.segments.length;
   $("plan-sum").textContent = known ? `${number(total.computed)} of ${count(total.computed + total.reused + total.kept, "token")} to compute` : "";
 }
@@ -169,7 +174,7 @@ function strip(segment) {
       onkeydown: (event) => keyOnStrip(event, segment.id), onpointerdown: (event) => drag(event, made),
     },
     el("span", { class: "title" }, titleOf(segment.id)),
-    el("span", { class: "told" }, `${number(segment.tokens)}${told ? ` · ${told}` : ""}`),
+    el("span", { class: "told" }, number(segment.tokens)),
     fill({ reused, kept, computed }, "fill"),
   );
   made.style.setProperty("--hue", hueOf(segment.id));
@@ -380,10 +385,11 @@ class Column {
     this.track.replaceChildren(...shown);
     for (const step of STEPS) this.steps.get(step).textContent = receipt.steps[step] == null ? "–" : seconds(receipt.steps[step]);
     this.spends = BEFORE.map((step) => [step, receipt.steps[step] ?? 0]);
-    const kept = receipt.kept_tokens ? `, ${number(receipt.kept_tokens)} still placed` : "";
+    const { reused, kept, computed } = sums(receipt.segments);
+    const still = kept ? `, ${number(kept)} still placed` : "";
     this.sum.replaceChildren(
       el("b", {}, `${count(receipt.hits, "hit")}, ${count(receipt.misses, "miss").replace("misss", "misses")}`),
-      ` · ${number(receipt.reused_tokens)} tokens reused${kept}, ${number(receipt.computed_tokens)} computed · ${(100 * receipt.charged).toFixed(1)} % of full recompute charged · ${bytes(receipt.bytes_loaded)} loaded`,
+      ` · ${number(reused)} tokens reused${still}, ${number(computed)} computed · ${(100 * receipt.charged).toFixed(1)} % of full recompute charged · ${bytes(receipt.bytes_loaded)} loaded`,
       receipt.note ? ` · ${receipt.note}` : "",
     );
   }
