@@ -182,7 +182,7 @@ def test_the_keyboard_is_enough(browser: WebDriver, address: str) -> None:
     page.examples()
     browser.refresh()
     page.until(lambda: len(page.order) == 3)
-    ActionChains(browser).send_keys(Keys.TAB).perform()
+    ActionChains(browser).send_keys(Keys.TAB * 3).perform()  # past the two that copy
     assert browser.switch_to.active_element.text.startswith("Ada Lorn")
     ActionChains(browser).send_keys(Keys.END).perform()
     assert browser.switch_to.active_element.text.startswith("Orsa")
@@ -268,7 +268,8 @@ def test_the_same_request_runs_elsewhere(browser: WebDriver, address: str) -> No
     page.one("#copy-curl").click()
     curl = page.text("#reader-text")
     if shutil.which("curl"):
-        told = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=20, check=True)
+        told = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=20, check=False)
+        assert told.returncode == 0, told
         assert json.loads(told.stdout)["choices"][0]["message"]["content"] == answer
 
 
