@@ -237,7 +237,7 @@ function drag(event, dragged) {
     if (!dragged.classList.contains("dragged") && Math.hypot(at.clientX - event.clientX, at.clientY - event.clientY) < 5) return;
     dragged.classList.add("dragged");
     const over = document.elementFromPoint(at.clientX, at.clientY)?.closest(".strip[data-id]");
-    target = over && over !== dragged ? over : null;
+    target = over && over.dataset.id !== dragged.dataset.id ? over : null; // the bar may be drawn anew meanwhile
     const box = target?.getBoundingClientRect();
     after = Boolean(box && at.clientX > box.left + box.width / 2);
     for (const other of strips()) other.classList.remove("before", "after");
@@ -634,13 +634,13 @@ print(answer.usage.prompt_tokens_details.cached_tokens, "tokens reused")
 async function copy(what, text) {
   $("reader-title").textContent = `As ${what}`;
   $("reader-text").textContent = text;
+  $("reader").showModal();
   try {
     await navigator.clipboard.writeText(text);
     say(`Copied as ${what}.`);
   } catch {
     say("This browser copies nothing: select the text.");
   }
-  $("reader").showModal();
 }
 
 // Beginning
