@@ -267,7 +267,7 @@ def steady(bench: Bench, store: str, spec: str, rng: random.Random) -> list[dict
                 seconds, receipt = bench.first(prompt)
             hits += receipt.get("hits", 0)
             reused.append(seconds)
-            if n % 20 == 0:
+            if n % 50 == 0:
                 with bench.serving(None):
                     plain.append(bench.first(prompt)[0])
                 again.append(seconds)
