@@ -102,6 +102,16 @@ def test_nq_gold_out_of_range(options):
         registry.build("task", f"nq:{options}")
 
 
+def test_the_authors_prompt_numbers_documents(tmp_path):
+    """Danger: the authors' checkpoints are measured in words that they never saw."""
+    (found,) = samples(f"qa:path={data.jsonl(tmp_path / 'own.jsonl', data.OWN[:1])},prompt=kvlink_authors")
+    title, text = data.OWN[0]["docs"][1]["title"], data.OWN[0]["docs"][1]["text"]
+    assert found.documents[1].content == f"Document [2](Title: {title}) {text}\n"
+    assert found.question == data.OWN[0]["question"]
+    assert registry.build("task", "hotpotqa:prompt=kvlink_authors").undated
+    assert not registry.build("task", "hotpotqa").undated
+
+
 def test_kv_packet_prompt_drops_titles_and_reads_the_short_answer(tmp_path):
     """Danger: the reasoning is scored instead of the answer."""
     task = registry.build("task", f"hotpotqa:path={data.jsonl(tmp_path / 'x.jsonl', [data.HOTPOT])},prompt=kv_packet")

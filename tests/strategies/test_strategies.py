@@ -207,6 +207,17 @@ def test_link_tokens_come_from_the_checkpoint_then_the_layout_then_what_is_reser
         KVLink(links=5).bind(info(reserved=(1, 2, 3)))
 
 
+@pytest.mark.parametrize(
+    "name", ["Shiyu-Lab/Llama1B-KVLink5", "/cache/models--Shiyu-Lab--Llama3B-KVLink5/snapshots/0a1"]
+)
+def test_published_checkpoints_are_known_by_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Danger: the authors' trained link tokens are called untrained, or a stock Llama's trained."""
+    assert KVLink(links=5).bind(info(vocab_size=128256, directory=name)).tokens == LinkTokens.published(5)
+    assert not caplog.text
+    KVLink(links=5).bind(info(vocab_size=128256, directory="meta-llama/Llama-3.2-1B-Instruct"))
+    assert "untrained" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"ids": [[1], [2, 3]], "start": [], "end": []}', '{"ids": [["x"]]}'])
 def test_a_broken_description_is_named(tmp_path: Path, text: str) -> None:
     """Danger: a KeyError from a file nobody knew about."""

@@ -18,6 +18,7 @@ from kvilt.types import Document, cached
 
 DEFAULT_SYSTEM = "Answer the question from the documents."
 RENDER_OPTIONS: dict[str, Any] = {"enable_thinking": False, "thinking": False, "date_string": f"{TODAY:%d %b %Y}"}
+DATES = re.compile(r'\{\{-? *"(?:Cutting Knowledge|Today) Date:.*?\}\}')
 ROLES = ("system", "user", "assistant", "tool")
 MARK = "\ue000"  # a private character
 PROBE = "A  \"b\" & <c>\n\n'd' \\ \tE."  # what a filter or a normaliser would change
@@ -62,6 +63,10 @@ class TextFormat:
         if not isinstance(system, str):
             raise PromptError(f"the system text must be a text, not {type(system).__name__}.")
         return replace(self, system=system)
+
+    def undated(self) -> TextFormat:
+        """The same format without the lines in which Llama 3's chat template tells the date."""
+        return replace(self, template=DATES.sub("", self.template or "") or None)
 
     def _prove(self, exact: bool) -> None:
         """Compare an example's parts with the whole, as the tokenizer itself reads it: the same ids, or at least the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,8 @@ from kvilt.types import ModelInfo, Prompt
 DESCRIPTION = "kvlink.json"  # beside a checkpoint: which ids are its link tokens and markers
 LLAMA3_VOCABULARY = 128256
 LLAMA3_FIRST, LLAMA3_SLOTS, LLAMA3_MARKERS = 128011, 40, (128254, 128255)  # the published checkpoints' layout
+
+PUBLISHED = re.compile(r"Llama-?\d+B-KVLink(\d)", re.IGNORECASE)  # in a hub name, or its folder in a cache
 
 logger = logging.getLogger("kvilt")
 
@@ -60,7 +63,12 @@ class LinkTokens:
 
     @classmethod
     def of(cls, info: ModelInfo, links: int) -> LinkTokens:
-        """Untrained link tokens of a model that has no description: the published Llama layout, or reserved tokens."""
+        """Link tokens of a model that has no description: the published Llama layout, or reserved tokens.
+
+        They are trained where the model's name is one that the authors published (Llama1B-KVLink5)."""
+        known = PUBLISHED.search(info.directory or "")
+        if known and info.vocab_size == LLAMA3_VOCABULARY:
+            return cls.published(int(known[1]))
         if links:
             logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
         return cls.published(links) if info.vocab_size == LLAMA3_VOCABULARY else cls.reserve(info.reserved, links)

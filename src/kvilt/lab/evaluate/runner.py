@@ -56,6 +56,8 @@ def run(
     task = cast(Task, registry.build("task", task_spec)) if isinstance(task_spec, str) else task_spec
     if shuffle and task.ORDERED:
         raise UserError(f"the order of the documents is part of the task {task.NAME}: run it without shuffling.")
+    if task.undated:
+        engine = Engine(engine.model, engine.text.undated(), engine.strategy, engine.store, compress=engine.compression)
     samples = choose(task, limit, seed, shuffle=shuffle, first=first)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)

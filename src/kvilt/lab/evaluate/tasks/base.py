@@ -61,6 +61,11 @@ class Task(abc.ABC):
         """The paper's system text, for whoever loads the engine (`Engine.load(system=…)`)."""
         return None
 
+    @property
+    def undated(self) -> bool:
+        """Whether the prompt is asked without the chat template's dates."""
+        return False
+
     def extract(self, text: str) -> str:
         """The part of a generated text that is scored."""
         return text.strip()

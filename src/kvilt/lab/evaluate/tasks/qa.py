@@ -15,7 +15,7 @@ from kvilt.lab.evaluate.tasks.base import Sample, Task, require
 from kvilt.lab.evaluate.tasks.files import Row, hub_rows, rows
 from kvilt.types import Document
 
-PROMPTS = ("kvlink", "kv_packet")
+PROMPTS = ("kvlink", "kvlink_authors", "kv_packet")
 SYSTEM = (
     "You are a intelligent AI assistant. Please answer questions based on the user's instruction. "
     "Below are some reference documents that may help you in answering the user's question."
@@ -50,8 +50,9 @@ class Item:
 class QATask(Task):
     """A multi-document QA dataset.
 
-    `prompt` is "kvlink" (the question alone; sub-string accuracy) or "kv_packet" (reasoning that ends in a short
-    answer, no titles; corpus F1). `documents` keeps the gold ones and the first of the others, in their order."""
+    `prompt` is "kvlink" (the question alone; sub-string accuracy), "kvlink_authors" (the same in the words of the authors'
+    code, for their checkpoints: documents are numbered, and the template's dates left out) or "kv_packet" (reasoning that
+    ends in a short answer, no titles; corpus F1). `documents` keeps the gold ones and the first of the others, in their order."""
 
     ALIASES: ClassVar[tuple[str, ...]] = ()
     HUB: ClassVar[tuple[str, str | None] | None] = None
@@ -84,11 +85,16 @@ class QATask(Task):
     @property
     def system(self) -> str | None:
         """KVLink's system text; KV Packet gives none of its own."""
-        return SYSTEM if self.prompt == "kvlink" else None
+        return None if self.prompt == "kv_packet" else SYSTEM
+
+    @property
+    def undated(self) -> bool:
+        """Whether the prompt is asked without the chat template's dates."""
+        return self.prompt == "kvlink_authors"
 
     def extract(self, text: str) -> str:
         """With reasoning, only what follows the last "Answer:" counts (nothing, if the text was cut short)."""
-        if self.prompt == "kvlink":
+        if self.prompt != "kv_packet":
             return text.strip()
         return text.rpartition("Answer:")[2].strip().strip("'<>").strip() if "Answer:" in text else ""
 
@@ -125,12 +131,16 @@ class QATask(Task):
 
     def sample(self, item: Item, passages: tuple[Passage, ...], name: str, **metadata: Any) -> Sample:
         """The prompt for a question over these passages."""
-        titled = self.prompt == "kvlink"
-        documents = tuple(Document(p.text, p.title if titled else None) for p in passages)
-        question = item.question if titled else _REASON.format(question=item.question)
+        documents = tuple(self._document(number, p) for number, p in enumerate(passages, 1))
+        question = _REASON.format(question=item.question) if self.prompt == "kv_packet" else item.question
         gold = [i for i, p in enumerate(passages) if p.gold]
         told = {"gold": gold, "gold_titles": [passages[i].title for i in gold], **item.metadata, **metadata}
         return Sample(name, question, documents, item.answers, told)
+
+    def _document(self, number: int, passage: Passage) -> Document:
+        if self.prompt == "kvlink_authors":
+            return Document(f"Document [{number}](Title: {passage.title or ''}) {passage.text}")
+        return Document(passage.text, passage.title if self.prompt == "kvlink" else None)
 
 
 @dataclass(frozen=True)
