@@ -77,12 +77,12 @@ def test_langchain_histories_and_what_it_cannot_do(engine: Engine) -> None:
     chat = ChatKvilt(engine=engine, max_tokens=3)
     turns = [SystemMessage("Be brief."), HumanMessage("which?"), AIMessage("none"), HumanMessage(QUESTION)]
     long = chat.invoke(turns, documents=passages()).usage_metadata
-    short = chat.invoke(turns[-1:], documents=passages()).usage_metadata
+    short = chat.invoke([turns[0], turns[-1]], documents=passages()).usage_metadata
     assert long is not None
     assert short is not None
     assert long["input_tokens"] > short["input_tokens"] + len("which?none")
     for wrong, message in (
-        ([*turns, AIMessage("x")], "ends with the user"),
+        ([*turns, AIMessage("x")], "ends with what the user says"),
         ([ToolMessage("x", tool_call_id="1"), *turns], "messages of the type 'tool'"),
     ):
         with pytest.raises(PromptError, match=message):

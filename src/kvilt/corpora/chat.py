@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Chat:
     def _answer(self, question: str) -> None:
         asked = [*(q for q, _ in self.turns[-1:]), question]  # "and when?" is about what was asked before
         self.used = self.find(" ".join(asked))
-        given: Any = self.engine.stream(spoken(self.turns, question), self.used, **self.settings)
+        given: Any = self.engine.stream(self._messages(question), self.used, **self.settings)
         with contextlib.closing(given) as pieces:
             while isinstance(piece := next(pieces), str):
                 if not self.as_json:
@@ -77,6 +77,12 @@ class Chat:
         named = {"question": question, "documents": [d.id for d in self.used]}
         self.out(f"{json.dumps(named | piece.as_dict())}\n" if self.as_json else "\n")
         self.tell(_line(piece))
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        said = [
+            part for asked, answered in self.turns[-REMEMBERED:] for part in (("user", asked), ("assistant", answered))
+        ]
+        return [{"role": role, "content": text} for role, text in (*said, ("user", question))]
 
     def _command(self, name: str, rest: str) -> None:
         commands = {"/docs": self._docs, "/strategy": self._strategy, "/usage": self._usage, "/new": self._new}
@@ -116,14 +122,6 @@ def typed() -> Iterator[str]:
     with contextlib.suppress(EOFError):
         while True:
             yield input("> ")
-
-
-def spoken(turns: Sequence[tuple[str, str]], question: str) -> str:
-    """A question behind the last turns of its conversation, each (asked, answered)."""
-    if not turns:
-        return question
-    said = "\n".join(f"User: {asked}\nAssistant: {answered}" for asked, answered in turns[-REMEMBERED:])
-    return f"The conversation so far:\n{said}\n\n{question}"
 
 
 def _line(answer: Answer) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvilt.corpora.chat import spoken
 from kvilt.errors import MissingExtra, PromptError, UserError
 from kvilt.types import Answer, Document
 
@@ -59,8 +58,12 @@ class InProcess:
 
     def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
         """From the engine; one that is not read to its end stops."""
-        system, question = _question(chat)
-        given = self.engine.stream(question, documents, system=system, allow_empty=True, **_sampling(settings))
+        if not chat or chat[-1][0] != "user":
+            raise PromptError("a chat ends with what the user says.")
+        told = any(role == "system" for role, _ in chat)
+        system = None if told or documents else ""  # a plain chat says nothing that nobody said
+        messages = [{"role": role, "content": text} for role, text in chat]
+        given = self.engine.stream(messages, documents, system=system, allow_empty=True, **_sampling(settings))
         for piece in given:
             yield _reply(piece) if isinstance(piece, Answer) else piece
 
@@ -76,7 +79,8 @@ class OverHTTP:
 
     def encode(self, documents: Sequence[Document]) -> None:
         """Into the server's store."""
-        self._client().post("/documents", body={"documents": list(map(_written, documents))}, cast_to=object)
+        body = {"documents": list(map(_written, documents)), "wait": True}
+        self._client().post("/documents", body=body, cast_to=object)
 
     def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
         """From the server; one that is not read to its end is hung up on."""
@@ -121,16 +125,6 @@ def door(engine: Engine | None, base_url: str | None, model: str, api_key: str, 
 
         engine = Engine.load(model, **more)
     return InProcess(engine)
-
-
-def _question(chat: Chat) -> tuple[str | None, str]:
-    """System text and question, with what was said before in front of it. Raises PromptError."""
-    system = "\n\n".join(text for role, text in chat if role == "system") or None
-    said = [(role, text) for role, text in chat if role != "system"]
-    if [role for role, _ in said] != [("user", "assistant")[n % 2] for n in range(len(said))] or len(said) % 2 == 0:
-        raise PromptError("a chat goes user, assistant, user, ... and ends with the user.")
-    turns = [(asked, answered) for (_, asked), (_, answered) in zip(said[:-1:2], said[1::2], strict=True)]
-    return system, spoken(turns, said[-1][1])
 
 
 def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
