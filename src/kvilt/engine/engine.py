@@ -164,7 +164,9 @@ class Engine:
 
         return self._until_sound(attempt)
 
-    def stream(self, question: str, documents: Sequence[Any], **options: Any) -> Iterator[str | Answer]:
+    def stream(
+        self, question: str | Sequence[Any], documents: Sequence[Any] = (), **options: Any
+    ) -> Iterator[str | Answer]:
         """Pieces of the answer's text as they are generated; the last item is the Answer itself.
 
         The pieces join to its text. Close the iterator to stop early."""
