@@ -241,7 +241,7 @@ class Catalogue(Database, BlobStore):
             for key, blob in zip(batch, self.blobs.get_many(batch), strict=True):
                 try:
                     if entry := self._told(key, blob):
-                        yield replace(entry, pinned=key in pinned)
+                        yield replace(entry, pinned=True) if key in pinned else entry
                 except DamagedCache as error:
                     with contextlib.suppress(StoreUnavailable):
                         log.warning("%s; it is set aside", error)
@@ -269,7 +269,8 @@ class Catalogue(Database, BlobStore):
         for entry in entries:
             row = {**vars(entry), "fields": json.dumps(entry.fields), "score": 0.0}
             db.execute(f"INSERT OR IGNORE INTO entries VALUES ({', '.join('?' * len(row))})", (*row.values(),))
-            self._score(db, "key = ?", entry.key)
+            if self._policy != "lru":  # whose score is 0 always
+                self._score(db, "key = ?", entry.key)
 
     def _evict(self, db: sqlite3.Connection, size: int, namespace: str) -> int:
         """Make room for `size` more bytes; bytes freed. Nothing is evicted for what cannot fit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kvilt.errors import DamagedCache, UserError
 from kvilt.rows.header import read_header
@@ -64,5 +64,5 @@ def describe(key: str, blob: Blob) -> Entry:
     if not (sane and math.isfinite(header.created + (header.expires or 0.0))):
         raise DamagedCache(key, "its header is malformed")
     title = header.title.encode("utf-8", "replace").decode()  # half characters could not be printed or entered
-    entry = Entry(key, blob.size, header.tokens, title, name, header.created, header.created)
-    return replace(entry, expires=header.expires, fields=dict(header.fields))
+    times, fields = (header.created, header.created), dict(header.fields)
+    return Entry(key, blob.size, header.tokens, title, name, *times, expires=header.expires, fields=fields)

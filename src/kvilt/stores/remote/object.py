@@ -6,11 +6,11 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvilt.errors import MissingExtra, SpecError
 from kvilt.stores.blobs import OnePerKey, check_key, is_key
@@ -18,6 +18,7 @@ from kvilt.stores.catalogue import Catalogue
 from kvilt.stores.remote.parts import HEAD, PART, Link, Opened, Part, RemoteBlobs, check_url
 from kvilt.stores.store import Store
 
+T = TypeVar("T")
 DOCUMENT, PIN = "{0:.2}/{0}.safetensors", "pins/{0}"
 SERVERS, REGIONS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"), ("AWS_REGION", "AWS_DEFAULT_REGION")
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=1), "base": 2}
@@ -55,7 +56,7 @@ class ObjectBlobs(RemoteBlobs):
 
         super().__init__(link, connections)
         self.api: Any = obstore
-        self.client, self._can, self._name = client, can, name
+        self.client, self._can, self._name, self._connections = client, can, name, connections
         self._fresh, self._seen = fresh, dict[str, float]()  # when documents were seen last
         self._writers = OnePerKey()
 
@@ -66,7 +67,7 @@ class ObjectBlobs(RemoteBlobs):
 
     def open_many(self, keys: Sequence[str]) -> list[Opened | None]:
         with self.link.asked("cannot read"):
-            return [*self.pool.map(self._open, keys)]
+            return self._of_each(self._open, keys)
 
     def fetch(self, part: Part) -> memoryview:
         path, start, end = self.path(part.blob.key), part.start, part.end
@@ -106,8 +107,14 @@ class ObjectBlobs(RemoteBlobs):
         wanted = {check_key(key) for key in keys}
         unsure = [key for key in wanted if not self._is_fresh(key)]
         with self.link.asked("cannot read"):
-            there = self.pool.map(self._is_there, unsure)
+            there = self._of_each(self._is_there, unsure)
             return wanted - {key for key, is_there in zip(unsure, there, strict=True) if not is_there}
+
+    def _of_each(self, work: Callable[[str], T], keys: Sequence[str]) -> Sequence[T]:
+        """`work` of every key, on all connections, each with its share of the keys."""
+        step = -(-len(keys) // self._connections) or 1
+        shares = (keys[first : first + step] for first in range(0, len(keys), step))
+        return [made for share in self.pool.map(lambda keys: [*map(work, keys)], shares) for made in share]
 
     def path(self, key: str) -> str:
         """The name of a document's object."""
