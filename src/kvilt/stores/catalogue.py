@@ -86,7 +86,7 @@ class Catalogue(Database, BlobStore):
         if self.blobs.contains([key]):
             return False
         entry = self.next if self.next and self.next.key == key else self.describe(key, MemoryBlob(b"".join(data)))
-        entry = replace(entry, pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
+        entry = replace(entry, used=time.time(), pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
         if asked := self.asks(entry.bytes):
             if not self._complete:
                 self.adopt()

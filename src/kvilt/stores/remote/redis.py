@@ -137,7 +137,7 @@ class RedisStore(Store):
         self.url = check_url(url)
         given = url or os.environ.get("REDIS_URL") or "redis://localhost:6379/0"
         secret = {} if "@" in given else {"password": os.environ.get("REDISCLI_AUTH")}
-        waits = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 1)}
+        waits = {"socket_read_size": 1 << 20, "socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 1)}
         try:
             client = Redis.from_url(given, **waits, **secret)
         except ValueError:
