@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "kvilt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FUNCTION, MAX_FILE, MAX_PACKAGE, MAX_README = 50, 300, 9700, 150
 GOAL = 9100  # with the command line. MAX_PACKAGE holds what is there: attention, conversations and trainers came after the rebuild
-NEW_ROOMS = {"integrations": 2400, "serve": 1700, "corpora": 1300, "stores/remote": 460, "cli": 1500}  # a limit each
+NEW_ROOMS = {"integrations": 2400, "serve": 1700, "corpora": 1300, "stores/remote": 470, "cli": 1500}  # a limit each
 
 # A file may import its own room and what stands above it. Rooms on one line never import each other.
 ROOT_FILES = {"__init__.py", "__main__.py", "errors.py", "registry.py", "types.py", "plan.py", "py.typed"}

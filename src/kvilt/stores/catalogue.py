@@ -91,8 +91,7 @@ class Catalogue(Database, BlobStore):
             if not self._complete:
                 self.adopt()
             self.write(lambda db: self._make_room(db, entry))
-        made = self.blobs.put(key, data)
-        if made:
+        if made := self.blobs.put(key, data):
             self._grant -= entry.bytes
             self._pending[key] = entry
             if asked:
