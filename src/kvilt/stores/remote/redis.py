@@ -137,9 +137,9 @@ class RedisStore(Store):
         self.url = check_url(url)
         given = url or os.environ.get("REDIS_URL") or "redis://localhost:6379/0"
         secret = {} if "@" in given else {"password": os.environ.get("REDISCLI_AUTH")}
-        waits = {"socket_read_size": 1 << 20, "socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": Retry(NoBackoff(), 1)}
+        waits = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "socket_read_size": 1 << 20}
         try:
-            client = Redis.from_url(given, **waits, **secret)
+            client = Redis.from_url(given, retry=Retry(NoBackoff(), 1), **waits, **secret)
         except ValueError:
             raise SpecError("the url of a Redis server is written like redis://host:6379/0.") from None
         super().__init__(Catalogue(RedisBlobs(client, Link(given.rpartition("@")[2], ADVICE), prefix, ttl)))
