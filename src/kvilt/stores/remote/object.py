@@ -67,7 +67,7 @@ class ObjectBlobs(RemoteBlobs):
 
     def open_many(self, keys: Sequence[str]) -> list[Opened | None]:
         with self.link.asked("cannot read"):
-            return self._of_each(self._open, keys)
+            return [*self._of_each(self._open, keys)]
 
     def fetch(self, part: Part) -> memoryview:
         path, start, end = self.path(part.blob.key), part.start, part.end
