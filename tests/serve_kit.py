@@ -39,7 +39,7 @@ class Server:
     """A server that runs."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Any  # None where it runs in a thread of this process
     log: Path
 
     @property
@@ -88,6 +88,30 @@ def serving(model: str, *options: str, log: Path, env: dict[str, str] | None = N
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextlib.contextmanager
+def in_thread(engine: Any, tmp_path: Path, **settings: Any) -> Iterator[Server]:
+    """The same server in a thread of this process, so that what happens inside can be watched."""
+    import asyncio
+    import threading
+
+    from kvilt.serve import launch
+    from kvilt.serve.settings import Settings
+    from kvilt.serve.tenants import Tenants
+
+    wanted = Settings(**{"port": 0, "name": "tiny", "keep": "100MB", **settings})
+    tenants = Tenants.of("KVILT_NO_KEY", wanted.keys)
+    with launch._listen(wanted) as listening:
+        server, _ = launch._server("tiny", lambda: engine, wanted, tenants)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+        thread.start()
+        try:
+            yield Server(f"http://127.0.0.1:{listening.getsockname()[1]}", None, tmp_path)
+        finally:
+            server.should_exit = True
+            thread.join(SECONDS)
+            assert not thread.is_alive()
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:

@@ -147,8 +147,8 @@ class Question:
 
     def _documents(self, engine: Engine, values: Sequence[Any], where: str) -> list[Document]:
         named = [v["id"] for v in values if isinstance(v, Mapping) and set(v) == {"id"}]
-        stored = {digest: found for digest in named if (found := self._by_id(engine, digest))}
-        if missing := [str(digest) for digest in named if digest not in stored]:
+        stored = {digest: found for digest in named if is_digest(digest) and (found := self._by_id(engine, digest))}
+        if missing := [str(digest) for digest in named if not isinstance(digest, str) or digest not in stored]:
             raise Unknown(missing)
         return [self._document(v, stored, f"{where}[{n}]") for n, v in enumerate(values)]
 
@@ -157,13 +157,14 @@ class Question:
             return stored[value["id"]]
         if isinstance(value, Mapping) and isinstance(source := value.get("source"), Mapping):  # Anthropic's blocks
             value = {"text": source.get("data"), "title": value.get("title"), "id": value.get("id")}
-        if isinstance(value, Mapping) and isinstance(value.get("store", True), bool):
-            return replace(document_of(value, where), store=value.get("store", True))
-        return document_of(value, where)
+        kept = value.get("store", True) if isinstance(value, Mapping) else True
+        if not isinstance(kept, bool):
+            raise Invalid(f"{where}.store must be true or false.", where)
+        return replace(document_of(value, where), store=kept)
 
-    def _by_id(self, engine: Engine, digest: Any) -> Document | None:
+    def _by_id(self, engine: Engine, digest: str) -> Document | None:
         """A stored document as its tokens."""
-        entry = engine.store.entry(digest) if is_digest(digest) else None
+        entry = engine.store.entry(digest)
         if entry is None or entry.namespace != self.namespace or not readable(engine, entry.fields):
             return None
         (cache,) = engine.store.get_many([CacheKey(**entry.fields)], counted=False)

@@ -111,18 +111,21 @@ class Door:
         self.namespace(request, None)  # nobody without a key is read from
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "send JSON: content-type: application/json.")
-        declared, read = request.headers.get("content-length", "0"), bytearray()
+        declared, read, size = request.headers.get("content-length", "0"), bytearray(), 0
         too_long = Refused(413, f"the body is longer than {self.longest:,} bytes.")
-        if len(declared) > 12 or (declared.isdecimal() and int(declared) > self.longest):
+        if len(declared) > 12 or (declared.isdecimal() and int(declared) > 8 * self.longest):
             raise too_long
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
-                    read += chunk
-                    if len(read) > self.longest:
+                    size += len(chunk)
+                    read += chunk if size <= self.longest else b""  # what is a little too long is read, but not kept
+                    if size > 8 * self.longest:
                         raise too_long
         except TimeoutError as error:
             raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} seconds.") from error
+        if size > self.longest:
+            raise too_long
         return bytes(read)
 
 

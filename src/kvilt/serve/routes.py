@@ -83,7 +83,9 @@ class Routes(Door):
             settings["top_k"] = body.top_k
         if body.temperature == 0 or body.top_p == 0:  # greedy
             settings = {name: v for name, v in settings.items() if name in ("seed", "repetition_penalty")}
-        settings["max_new_tokens"] = body.limit or self.settings.tokens
+        settings |= {"max_new_tokens": body.limit or self.settings.tokens} | (
+            {"eos_token_id": []} if body.ignore_eos else {}
+        )
         namespace = self.namespace(request, body.cache_salt)
         encode = ours.encode and request.headers.get(ENCODE) != "no"
         strategy = self.engines.check(ours.strategy)

@@ -23,7 +23,7 @@ add_generation_prompt best_of
 """.split()  # noqa: SIM905
 # Fields that may be said as long as they ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), (0,))
-NOTHING |= dict.fromkeys(("echo", "ignore_eos", "background"), (False,))
+NOTHING |= dict.fromkeys(("echo", "background"), (False,))
 NOTHING |= {"n": (1,), "logprobs": (False, 0), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto")}
 NOTHING |= {"suffix": ("",), "modalities": (["text"],), "response_format": ({"type": "text"},)}
 NOTHING |= {"text": ({"format": {"type": "text"}},)}
@@ -91,6 +91,7 @@ class Asked(Struct, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Share = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = False
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     kvilt: Ours | UnsetType = UNSET
