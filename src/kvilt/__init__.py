@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kvilt.errors import KviltError, StoreError, UserError
     from kvilt.model.model import Model
     from kvilt.plan import Layout, Plan, Segment
+    from kvilt.serve.aio import AsyncEngine
     from kvilt.stores.store import Store
     from kvilt.strategies.base import Strategy
     from kvilt.types import Answer, Document, DocumentCache, Encoding, Prompt, Usage
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Answer", "CacheStore", "Document", "DocumentCache", "EncodeReport", "Encoding", "Engine", "KviltError", "Layout", "Model",
-    "Plan", "Prompt", "Segment", "Store", "StoreError", "Strategy", "Usage", "UserError",
+    "Answer", "AsyncEngine", "CacheStore", "Document", "DocumentCache", "EncodeReport", "Encoding", "Engine", "KviltError",
+    "Layout", "Model", "Plan", "Prompt", "Segment", "Store", "StoreError", "Strategy", "Usage", "UserError",
 ]  # fmt: skip
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "errors": ("KviltError", "StoreError", "UserError"),
     "model.model": ("Model",),
     "plan": ("Layout", "Plan", "Segment"),
+    "serve.aio": ("AsyncEngine",),
     "stores.store": ("Store",),
     "strategies.base": ("Strategy",),
     "types": ("Answer", "Document", "DocumentCache", "Encoding", "Prompt", "Usage"),

@@ -143,3 +143,14 @@ def test_closing_a_stream_while_documents_are_encoded_computes_no_prompt(monkeyp
     monkeypatch.setattr(Model, "run", lambda *_: pytest.fail("the prompt was computed"))
     with pytest.raises(Cancelled):
         engine.answer(QUESTION, DOCUMENTS, streamer=pieces)
+
+
+def test_many_questions_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """Danger: answers come in another order than the questions, or a library fills a log with bars."""
+    engine = engine_of("block")
+    asked = [(QUESTION, DOCUMENTS), ("When?", DOCUMENTS[:1]), ([{"role": "user", "content": QUESTION}], DOCUMENTS)]
+    answers = engine.answers(asked, progress=False, max_new_tokens=5)
+    assert capsys.readouterr().out == ""
+    assert [a.tokens for a in answers] == [engine.answer(*pair, max_new_tokens=5).tokens for pair in asked]
+    assert sum(a.usage.misses for a in answers) == 0
+    assert engine.answers(asked[:1], max_new_tokens=5)[0].tokens == answers[0].tokens

@@ -18,7 +18,7 @@ NEW = 8
 SPECS = [
     "full", "naive", "block", "block:sink=system", "epic:tokens=4", "kvlink:links=2", "cacheblend:ratio=0.3",
     "prophetkv:ratio=0.3", "random:ratio=0.3", "ape", "turborag", "sam_kv", "kv_packet:wrapper=WRAPPER",
-    "linked_packet:wrapper=WRAPPER,layout=tail", "query_lora:adapter=WRAPPER.lora", "anchors:chunk=8,anchors=2",
+    "query_lora:adapter=WRAPPER.lora", "anchors:chunk=8,anchors=2",
 ]  # fmt: skip
 FIRST = {"role": "user", "content": QUESTION}
 

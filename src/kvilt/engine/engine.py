@@ -164,6 +164,18 @@ class Engine:
 
         return self._until_sound(attempt)
 
+    def answers(
+        self, asked: Sequence[tuple[Any, Sequence[Any]]], progress: bool = True, **options: Any
+    ) -> list[Answer]:
+        """Answers to many questions, each (question, documents), with one progress bar; `options` as of `answer`.
+
+        Documents that are not stored are encoded first, in batches. Raises what `answer` raises, at the first that fails."""
+        from rich.progress import track
+
+        if self.strategy.encoding is not None:
+            self.encode([document for _, documents in asked for document in documents])
+        return [self.answer(*pair, **options) for pair in track(asked, "answering", disable=not progress)]
+
     def stream(
         self, question: str | Sequence[Any], documents: Sequence[Any] = (), **options: Any
     ) -> Iterator[str | Answer]:

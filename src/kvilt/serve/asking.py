@@ -55,14 +55,9 @@ class Engines:
 
     def __init__(self, engine: Engine, also: Sequence[str] = (), keep: int = 1 << 30) -> None:
         self.base, self.kept = engine, Kept(engine.model, keep)
-        built = [
-            engine.strategy,
-            *(registry.build("strategy", spec) for spec in also),
-            registry.build("strategy", "full"),
-        ]
-        self.strategies: dict[str, Strategy] = {}
-        for strategy, spec in zip(built, [str(engine.strategy), *also, "full"], strict=True):
-            self.strategies |= {spec: strategy, str(strategy): strategy}
+        specs = [str(engine.strategy), *also, "full"]
+        built: list[Strategy] = [engine.strategy, *(registry.build("strategy", spec) for spec in specs[1:])]
+        self.strategies = dict(zip(specs, built, strict=True)) | {str(strategy): strategy for strategy in built}
         self._made: OrderedDict[tuple[str, str, bool], Engine] = OrderedDict()
 
     def check(self, strategy: str | None) -> str:
@@ -96,9 +91,8 @@ def is_digest(value: object) -> bool:
 def readable(engine: Engine, fields: Mapping[str, str]) -> bool:
     """Whether a stored document is this model's and tokenizer's."""
     own = engine.model.key(torch.zeros(0, dtype=torch.long), engine.encoder.encoding)
-    return fields.keys() == vars(own).keys() and all(
-        fields[f] == getattr(own, f) for f in ("model", "tokenizer", "rope")
-    )
+    same = [fields.get(name) == getattr(own, name) for name in ("model", "tokenizer", "rope")]
+    return all(same) and fields.keys() == vars(own).keys()
 
 
 @dataclass
@@ -207,16 +201,8 @@ def answer(engines: Engines, question: Question, job: Job) -> Done:
     first = First(placing, {"queue": job.waited})
     told = Telling(job, engine.text.tokenizer, question.stops, first)
     settings = question.settings | ({"stop_strings": question.stops} if question.stops else {})
-    try:
-        made = engine.answer(chat, documents, streamer=told, placing=placing, allow_empty=True, **settings)
-    finally:
-        placing.close()
+    made = engine.answer(chat, documents, streamer=told, placing=placing, allow_empty=True, **settings)
     text, stopped = cut(made.text, question.stops)
-    last = made.tokens[-1] if made.tokens else None
-    ended = stopped or last in _ends(engine)
-    return Done(made, text, "stop" if ended else "length", receipt(made, placing, job.waited))
-
-
-def _ends(engine: Engine) -> list[Any]:
     ends = getattr(engine.model.hf.generation_config, "eos_token_id", None)
-    return ends if isinstance(ends, list) else [ends]
+    ended = stopped or made.tokens[-1] in (ends if isinstance(ends, list) else [ends])
+    return Done(made, text, "stop" if ended else "length", receipt(made, placing, job.waited))

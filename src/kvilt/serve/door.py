@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from kvilt.serve import replies
+from kvilt.serve.aio import Events
 from kvilt.serve.asking import Engines
 from kvilt.serve.library import Library
 from kvilt.serve.metrics import Metrics
@@ -30,42 +30,17 @@ class Gone(Exception):
     """The client went away."""
 
 
-class Events:
-    """What comes of one job, in order."""
-
-    def __init__(self, worker: Worker, work: Callable[[Job], Any], deadline: float) -> None:
-        loop, self.worker = asyncio.get_running_loop(), worker
-        self._items = asyncio.Queue[Any]()
-
-        def emit(item: Any) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(self._items.put_nowait, item)
-
-        self.job = Job(work, emit, deadline)
-        worker.submit(self.job)
-
-    async def next(self) -> Any:
-        """The next one. Raises what went wrong."""
-        item = await self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def waiting(self) -> list[Any]:
-        """Those that are there already."""
-        return [self._items.get_nowait() for _ in range(self._items.qsize())]
-
-    async def while_there(self, request: Request) -> Any:
-        """The next one; the job is withdrawn where the client goes away or its time is over before it comes."""
-        ends = None if self.job.ends is None else max(0.0, self.job.ends - time.monotonic()) + 1.0
-        try:
-            return await while_there(request, self.next(), ends)
-        except BaseException:
-            self.worker.withdraw(self.job)
-            raise
+async def while_there(request: Request, events: Events) -> Any:
+    """The next thing that comes of a job, which is withdrawn where its client goes away or its time is over before."""
+    ends = None if events.job.ends is None else max(0.0, events.job.ends - time.monotonic()) + 1.0
+    try:
+        return await unless_gone(request, events.next(), ends)
+    except BaseException:
+        events.withdraw()
+        raise
 
 
-async def while_there(request: Request, wanted: Awaitable[T], seconds: float | None = None) -> T:
+async def unless_gone(request: Request, wanted: Awaitable[T], seconds: float | None = None) -> T:
     """What is waited for. Raises Gone where the client goes away before, Late when the time is over."""
     both = asyncio.ensure_future(wanted), asyncio.ensure_future(_disconnected(request))
     try:
@@ -95,8 +70,7 @@ class Door:
 
     async def work(self, request: Request, work: Callable[[Job], T]) -> T:
         """Have the worker do something; its result."""
-        result: T = await Events(self.worker, work, self.settings.deadline).while_there(request)
-        return result
+        return cast(T, await while_there(request, Events(self.worker, work, self.settings.deadline)))
 
     def namespace(self, request: Request, salt: str | None) -> str:
         """The namespace of who asks. Raises Refused (401)."""

@@ -73,16 +73,16 @@ class Kept:
 class Placing:
     """What `Engine.answer` runs one plan with: looks for rows that are there, and keeps the rows when all went well."""
 
+    plan: Plan  # as the strategy made it
+    fetched: Fetched
+
     def __init__(self, kept: Kept, owner: object) -> None:
         self.kept, self.owner = kept, owner
-        self.plan: Plan | None = None  # as the strategy made it
-        self.fetched: Fetched | None = None
         self.rows = 0  # that were there
         self._found: Held | None = None
 
     def ready(self, plan: Plan, fetched: Fetched) -> Plan:
         """The plan, what is there already as its first segment."""
-        self.close()
         self.plan, self.fetched, self.rows = plan, fetched, 0
         found = self.kept.take(self.owner, plan)
         if found is None:
@@ -93,7 +93,6 @@ class Placing:
     @contextmanager
     def run(self, plan: Plan, room: int) -> Iterator[Run]:
         """As `Model.run`."""
-        assert self.plan is not None
         held, self._found = self._found, None
         with ExitStack() as stack:
             if held is None or held.run.placed.capacity < len(self.plan.positions) + room:
@@ -109,12 +108,6 @@ class Placing:
             answered = torch.cat([torch.zeros(0, dtype=torch.long), *running.given])
             whole = replace(self.plan, segments=(*self.plan.segments, Segment(answered, self.plan.end, name="answer")))
             self.kept.keep(Held(self.owner, whole, running, stack.pop_all()))
-
-    def close(self) -> None:
-        """Give back what was found and not used."""
-        if self._found is not None:
-            self._found.stack.close()
-            self._found, self.rows = None, 0
 
     def _append(self, run: Running, plan: Plan) -> Running:
         """Go back to the rows in common, and compute what follows."""

@@ -123,21 +123,16 @@ class Library:
 
     def verify(self, namespace: str, digest: str) -> dict[str, Any]:
         """Read a document completely; a damaged one is set aside."""
-        key = self._key(namespace, digest)
+        key, reason = self._key(namespace, digest), None
         try:
             (cache,) = self.store.get_many([key])
-            if cache is None:
-                return {
-                    "id": digest,
-                    "ok": False,
-                    "reason": "it is damaged, or was deleted meanwhile: it is not served.",
-                }
-            if cache.rows is not None:
+            reason = "it is damaged, or was deleted meanwhile: it is not served." if cache is None else None
+            if cache is not None and cache.rows is not None:
                 whole(cache.rows)
         except DamagedCache as error:
             self.store.set_aside(digest, error.reason)
-            return {"id": digest, "ok": False, "reason": error.reason}
-        return {"id": digest, "ok": True, "reason": None}
+            reason = error.reason
+        return {"id": digest, "ok": reason is None, "reason": reason}
 
     def pin(self, namespace: str, digest: str, pinned: bool = True) -> dict[str, Any]:
         """Keep a document from eviction."""

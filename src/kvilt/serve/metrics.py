@@ -33,9 +33,8 @@ class Metrics:
         self.documents = Counter("kvilt_documents", "Documents of prompts: hit, miss, damaged.", ["how"], registry=r)
         self.loaded = Counter("kvilt_loaded_bytes", "Bytes read from the store for answers.", registry=r)
         self.encoded = Counter("kvilt_encoded_documents", "Documents encoded in the background.", registry=r)
-        self.shared = Counter(
-            "kvilt_single_flight_waits", "Documents asked for while they waited to be encoded already.", registry=r
-        )
+        waits = "Documents asked for while they waited to be encoded already."
+        self.shared = Counter("kvilt_single_flight_waits", waits, registry=r)
         self.gauge("kvilt_queue_requests", "Requests that wait.", lambda: worker.waiting)
         self.gauge("kvilt_queue_limit", "Requests that may wait.", lambda: worker.limit)
         self.gauge("kvilt_running_requests", "Requests that are answered now.", lambda: worker.current is not None)

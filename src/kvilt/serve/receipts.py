@@ -85,8 +85,6 @@ def receipt(made: Answer, placing: Placing, waited: float) -> dict[str, Any]:
 def described(placing: Placing) -> dict[str, Any]:
     """The documents of a prompt, and the segments of its plan."""
     plan, fetched = placing.plan, placing.fetched
-    if plan is None or fetched is None:
-        return {"documents": [], "segments": []}
     documents = []
     for i in fetched.items:
         if i.document.id or i.document.text:

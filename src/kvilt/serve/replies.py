@@ -17,7 +17,7 @@ from kvilt.engine.streaming import Cancelled
 from kvilt.errors import PromptError, StoreError, UserError
 from kvilt.serve.asking import Done, Unknown
 from kvilt.serve.receipts import First
-from kvilt.serve.wire import Invalid, Refused
+from kvilt.serve.wire import Refused
 from kvilt.serve.worker import Late, QueueFull, Stopping
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 409: "missing_documents", 429: "rate_limit_error"}
@@ -36,16 +36,11 @@ def status_of(error: BaseException) -> int:
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The body that says what went wrong; of a fault of our own nothing but that it is one."""
-    status = status_of(error)
-    message = str(error) or type(error).__name__
-    if isinstance(error, Cancelled):
-        message = str(Stopping())
+    status, message = status_of(error), str(error) or type(error).__name__
     if status == 500:
         message = "a fault of the server's own; its log says more."
-    made: dict[str, Any] = {"message": message, "type": KINDS.get(status, "invalid_request_error"), "code": status}
-    made["param"] = (
-        error.param if isinstance(error, Invalid) else "messages" if isinstance(error, PromptError) else None
-    )
+    made = {"message": message, "type": KINDS.get(status, "invalid_request_error"), "code": status}
+    made["param"] = getattr(error, "param", "messages" if isinstance(error, PromptError) else None)
     return {"error": made | ({"missing": error.ids} if isinstance(error, Unknown) else {})}
 
 
@@ -66,13 +61,11 @@ def retry_after(error: BaseException) -> dict[str, str]:
 def timing(first: First, receipt: dict[str, Any] | None = None) -> dict[str, str]:
     """Headers: where the time went until the first token (all of it, where the answer is whole), and what was reused."""
     steps = first.times if receipt is None else receipt["steps"] | {"ttft": receipt["ttft"]}
-    plan = first.placing.plan
-    made = {"server-timing": ", ".join(f"{step};dur={1000 * seconds:.3f}" for step, seconds in steps.items())}
-    if plan is not None:
-        kept = first.placing.rows
-        reused = plan.reused_count if kept == 0 else max(kept, plan.reused_count)
-        made |= {"x-kvilt-reused": str(reused), "x-kvilt-computed": str(len(plan.positions) - reused)}
-    return made
+    told = ", ".join(f"{step};dur={1000 * seconds:.3f}" for step, seconds in steps.items())
+    plan, kept = first.placing.plan, first.placing.rows
+    reused = max(kept, plan.reused_count)
+    counts = {"x-kvilt-reused": str(reused), "x-kvilt-computed": str(len(plan.positions) - reused)}
+    return {"server-timing": told, **counts}
 
 
 def event(body: dict[str, Any], name: str = "") -> bytes:
@@ -85,12 +78,8 @@ DONE = b"data: [DONE]\n\n"
 
 def _tokens(done: Done) -> dict[str, Any]:
     prompt, reused, written = done.usage
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": reused},
-    }
+    counts = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}
 
 
 @dataclass

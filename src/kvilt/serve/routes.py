@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from kvilt.serve import asking, replies, wire
+from kvilt.serve.aio import Events
 from kvilt.serve.asking import Done, Question
-from kvilt.serve.door import Door, Events, json, while_there
+from kvilt.serve.door import Door, json, unless_gone, while_there
 from kvilt.serve.kept import Placing
 from kvilt.serve.library import LISTED
 from kvilt.serve.metrics import Audit
@@ -83,12 +83,10 @@ class Routes(Door):
             settings["top_k"] = body.top_k
         if body.temperature == 0 or body.top_p == 0:  # greedy
             settings = {name: v for name, v in settings.items() if name in ("seed", "repetition_penalty")}
-        settings |= {"max_new_tokens": body.limit or self.settings.tokens} | (
-            {"eos_token_id": []} if body.ignore_eos else {}
-        )
+        settings |= {"eos_token_id": []} if body.ignore_eos else {}
+        settings["max_new_tokens"] = body.limit or self.settings.tokens
         namespace = self.namespace(request, body.cache_salt)
-        encode = ours.encode and request.headers.get(ENCODE) != "no"
-        strategy = self.engines.check(ours.strategy)
+        encode, strategy = ours.encode and request.headers.get(ENCODE) != "no", self.engines.check(ours.strategy)
         return Question(messages, body.documents, namespace, strategy, settings, wire.stops(body.stop), encode)
 
     async def _answer(self, request: Request, body: wire.Asked, messages: Any, kind: type[Reply]) -> Response:
@@ -96,12 +94,12 @@ class Routes(Door):
         reply = kind(self.name, bool(body.stream_options and body.stream_options.include_usage))
         deadline = (body.kvilt or wire.Ours()).deadline or self.settings.deadline
         events = Events(self.worker, lambda job: asking.answer(self.engines, question, job), deadline)
-        first = await events.while_there(request)
+        first = await while_there(request, events)
         assert isinstance(first, First)
         if body.stream:
             stream = self._stream(request, question, events, reply)
             return StreamingResponse(stream, media_type="text/event-stream", headers=replies.timing(first) | NO_STORE)
-        while not isinstance(done := await events.while_there(request), Done):
+        while not isinstance(done := await while_there(request, events), Done):
             pass
         self._note(request, question, done)
         return json(reply.body(done), headers=replies.timing(first, done.receipt))
@@ -129,7 +127,7 @@ class Routes(Door):
             for part in reply.broken(error):
                 yield part
         finally:
-            self.worker.withdraw(events.job)
+            events.withdraw()
 
     def _note(self, request: Request, question: Question, done: Done) -> None:
         route, tokens = request.url.path, done.answer.usage.generated_tokens
@@ -151,15 +149,10 @@ class Routes(Door):
         data, waits = await self.work(request, lambda job: self.library.add(question, body.system))
         if body.wait:
             every = asyncio.gather(*(asyncio.wrap_future(p.ends) for p in waits))
-            await while_there(request, asyncio.shield(every))  # who goes away stops nobody else
-            data = [await asyncio.to_thread(self._told, question.namespace, d) for d in data]
+            await unless_gone(request, asyncio.shield(every))  # who goes away stops nobody else
+            data = [await asyncio.to_thread(self.library.told, question.namespace, d["id"]) for d in data]
         todo = any(not d["stored"] for d in data)
         return json({"object": "list", "data": data}, 202 if todo else 200)
-
-    def _told(self, namespace: str, told: dict[str, Any]) -> dict[str, Any]:
-        with suppress(Refused):
-            return self.library.told(namespace, told["id"])
-        return told
 
     async def listed(self, request: Request) -> Response:
         """Stored documents, oldest first."""
@@ -186,14 +179,9 @@ class Routes(Door):
     async def models(self, request: Request) -> Response:
         """The one model of this server."""
         base, names = self.engines.base, dict.fromkeys(map(str, self.engines.strategies.values()))
-        told = {
-            "strategy": base.label,
-            "strategies": [*names],
-            "compress": str(base.compression),
-            "system": base.text.system,
-        }
+        told = {"strategy": base.label, "strategies": [*names], "compress": str(base.compression)}
         dtype = str(base.model.hf.dtype).removeprefix("torch.")
-        ours = {**told, "context_length": base.model.context_length, "dtype": dtype}
+        ours = {**told, "system": base.text.system, "context_length": base.model.context_length, "dtype": dtype}
         model = {"id": self.name, "object": "model", "created": self.began, "owned_by": "kvilt", "kvilt": ours}
         if "model" in request.path_params:
             self._named(request.path_params["model"])
