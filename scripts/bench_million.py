@@ -4,8 +4,8 @@
     python scripts/bench_million.py --most 1000000      the whole curve; 8 GB of disk
 
 The documents are synthetic files of 4 kB (a header and one row), in a folder that is read in two ways: as a disk store, and as
-a bucket through obstore's `file://`. Every figure is taken in a process of its own, whose memory is noted. With --s3 the bucket
-is moto's, over HTTP, which answers a few hundred requests a second on one core: use it with --most 1000.
+a bucket through obstore's `file://`. Up to 10,000 of them are also put into moto's bucket, over HTTP, where moto sets the pace:
+it answers some hundred requests a second. Every figure is taken in a process of its own, whose memory is noted.
 Writes benchmarks/million.json and million.png."""
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "stores"))  # the server that the tests start
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 TRIES = 200
 
@@ -69,8 +70,18 @@ def fill(folder: Path, count: int) -> float:
     return time.perf_counter() - began
 
 
+def upload(url: str, folder: Path) -> None:
+    """Put the folder's documents into moto's bucket, without asking for each whether it is there."""
+    blobs = store_of(url, str(folder)).last.blobs
+
+    def put(path: Path) -> None:
+        blobs.api.put(blobs.client, f"{path.parent.name}/{path.name}", path.read_bytes(), use_multipart=False)
+
+    assert len([*blobs.pool.map(put, folder.glob("??/*.safetensors"))])
+
+
 def store_of(kind: str, folder: str, budget: int | None = None) -> Any:
-    """A store over the folder, with its catalogue in a file beside it."""
+    """A store over the folder, or over a bucket where `kind` is a server's URL, with its catalogue in a file beside it."""
     from kvilt.stores.catalogue import Catalogue
     from kvilt.stores.disk import DiskStore
     from kvilt.stores.remote.object import ObjectStore
@@ -78,10 +89,8 @@ def store_of(kind: str, folder: str, budget: int | None = None) -> Any:
 
     if kind == "disk":
         return DiskStore(folder, budget or "1TB")
-    path = f"{folder}.sqlite"
-    made = ObjectStore(
-        f"file://{folder}" if "://" not in kind else "s3://kvilt/million", kind if "://" in kind else "", catalogue=path
-    )
+    path, far = f"{folder}.sqlite", kind.startswith("http")
+    made = ObjectStore("s3://kvilt/million" if far else f"file://{folder}", kind if far else "", catalogue=path)
     return made if budget is None else Store(Catalogue(made.last.blobs, made.last.pins, Path(path), "lru", budget))
 
 
@@ -222,6 +231,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure, size by size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=100_000, help="documents of the largest size")
     parser.add_argument(
@@ -234,6 +244,8 @@ def main() -> None:
         phase, kind, folder, *budget = given.child
         child(phase, kind, folder, int(budget[0]) if budget else None)
         return
+    import servers
+
     folder = given.folder or Path(tempfile.mkdtemp(prefix="kvilt-million-"))
     told: dict[str, Any] = {"load": os.getloadavg()[0], "cpus": os.cpu_count(), "bytes": 4128, "sizes": {}}
     try:
@@ -243,6 +255,12 @@ def main() -> None:
             for kind in ("disk", "file"):
                 fill(folder / "store", count)  # what was evicted
                 told["sizes"][str(count)][kind] = measure(kind, folder / "store", count)
+            if count <= 10_000:
+                fill(folder / "store", count)
+                os.environ.update(AWS_ACCESS_KEY_ID=servers.ACCESS, AWS_SECRET_ACCESS_KEY=servers.SECRET)
+                with servers.moto() as url:
+                    upload(url, folder / "store")
+                    told["sizes"][str(count)]["moto"] = measure(url, folder / "store", count)
     finally:
         if not given.folder:
             shutil.rmtree(folder)

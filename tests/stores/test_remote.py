@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
 import sys
 import threading
 import time
@@ -190,6 +191,27 @@ def test_tiers_are_written_as_one_specification(tmp_path: Path, moto: str, redis
     texts, hits = zip(*told, strict=True)
     assert len({json.dumps(text) for text in texts}) == 1
     assert list(hits) == [[0, 2], [0, 2], [2, 2], [2, 2]]
+
+
+def test_novel_questions_find_what_was_stored(tmp_path: Path, moto: str) -> None:
+    """Danger: each new mix of known documents is encoded and stored anew, so that hits fall and the bucket grows."""
+    bucket = f"object:url=s3://kvilt/novel,endpoint={moto}"
+    documents, chance = (
+        [Document(f"Ada {number} was born in Tavik {number}.") for number in range(40)],
+        random.Random(0),
+    )
+    first = Engine.load("builtin", store=bucket)
+    first.encode(documents)
+    before = first.store.stats()
+    engine = Engine.load("builtin", store=f"tiered:memory:budget={before.bytes // 10}|{bucket}")
+    memory, behind = engine.store.stores
+    for _ in range(20):
+        usage = engine.answer("Where?", chance.sample(documents, 14), max_new_tokens=1).usage
+        assert (usage.hits, usage.misses) == (14, 0)
+        assert memory.stats().bytes <= before.bytes // 10
+    assert len(list(behind.last.list())) == before.entries
+    for store in (first.store, engine.store):
+        store.close()
 
 
 def test_one_thread_fills_the_tiers() -> None:

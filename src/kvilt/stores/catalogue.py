@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import sqlite3
 import time
@@ -61,11 +60,11 @@ class Catalogue(Database, BlobStore):
         self.blobs, self.describe = blobs, describe
         self.pins = pins or MemoryBlobs()  # an empty blob for each: they outlive the catalogue, and a damaged document
         self.memo: MutableMapping[str, Any] = {}  # what the store remembers of blobs it opened
-        self._budget, self._quota = budget, quota
-        self._policy = policy
+        self._budget, self._quota, self._policy = budget, quota, policy
+        self._enters = path is not None or budget or quota  # where nothing is limited, nothing needs to be known
         if policy not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise SpecError(f"unknown eviction policy {policy!r}.{did_you_mean(policy, POLICIES)} Known: {known}.")
+            hint = did_you_mean(policy, POLICIES)
+            raise SpecError(f"unknown eviction policy {policy!r}.{hint} Known: {', '.join(POLICIES)}.")
         self.next: Entry | None = None  # what will be put next, if it is known: then it need not tell itself
         self._damaged = 0
         self._pending: dict[str, Entry] = {}  # stored, and entered with the next transaction
@@ -152,7 +151,7 @@ class Catalogue(Database, BlobStore):
                 self._score(db, "key = ?", key)
             self._damaged = 0
 
-        gone = self.path is not None and not os.path.isdir(self.path.parent)  # nor is it made again for this
+        gone = self.path is not None and not self.path.parent.is_dir()  # nor is it made again for this
         if not gone and (uses or misses or self._damaged or self._pending):
             self.write(work, patience)
 
@@ -176,6 +175,8 @@ class Catalogue(Database, BlobStore):
         """Totals since the catalogue was built. Raises StoreUnavailable."""
         names = ("hits", "misses", "evictions", "damaged")
         entries, held, *counts = self.read(lambda db: [*tables.held(db, ""), *(tables.counter(db, n) for n in names)])
+        if not self._enters:
+            entries, held = len(sizes := [size for _, size in self.blobs.list()]), sum(sizes)
         return StoreStats(entries, held, self._limit(held), *counts)
 
     def pin(self, key: str, pinned: bool) -> None:
@@ -212,7 +213,7 @@ class Catalogue(Database, BlobStore):
         for statement in tables.SCHEMA.strip().split("\n\n"):
             db.execute(statement)
         tables.set_counter(db, "clock", 0.0)
-        if self.path is not None or self._budget or self._quota:  # where nothing is limited, nothing needs to be known
+        if self._enters:
             self._insert(db, self._survey(key for key, _ in self.blobs.list()))
 
     def _enter_pending(self) -> None:
@@ -294,7 +295,6 @@ class Catalogue(Database, BlobStore):
         for key, (_, score) in chosen.items():
             self._drop(key)
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
-            clock = max(tables.counter(db, "clock"), score)  # so that old fame fades under greedy-dual
-            tables.set_counter(db, "clock", clock)
+            tables.set_counter(db, "clock", max(tables.counter(db, "clock"), score))  # greedy-dual: old fame fades
         tables.set_counter(db, "evictions", tables.counter(db, "evictions") + len(chosen))
         return sum(held for held, _ in chosen.values())
