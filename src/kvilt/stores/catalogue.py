@@ -66,8 +66,7 @@ class Catalogue(Database, BlobStore):
             hint = did_you_mean(policy, POLICIES)
             raise SpecError(f"unknown eviction policy {policy!r}.{hint} Known: {', '.join(POLICIES)}.")
         self.next: Entry | None = None  # what will be put next, if it is known: then it need not tell itself
-        self._damaged = 0
-        self._pending: dict[str, Entry] = {}  # stored, and entered with the next transaction
+        self._damaged, self._pending = 0, dict[str, Entry]()  # stored, and entered with the next transaction
         self._grant = 0.0  # bytes that may be stored before the catalogue is asked again
         self._complete = path is None  # whether it knows what processes that were killed have stored
 
@@ -84,8 +83,9 @@ class Catalogue(Database, BlobStore):
         """Where there is much room a document is stored at once and entered with the next ones, in one transaction."""
         if self.blobs.contains([key]):
             return False
-        entry = self.next if self.next and self.next.key == key else self.describe(key, MemoryBlob(b"".join(data)))
-        entry = replace(entry, used=time.time(), pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
+        told = self.next if self.next and self.next.key == key else None  # else it is copied from another tier, for use
+        entry = told or replace(self.describe(key, MemoryBlob(b"".join(data))), used=time.time())
+        entry = replace(entry, pinned=bool(self.pins.contains([key])))  # a pin outlives repairs
         if asked := self.asks(entry.bytes):
             if not self._complete:
                 self.adopt()
