@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,9 @@ def test_the_run_evicts_as_the_catalogue_does(simulation: dict[str, Any], policy
         key = f"{document:064x}"
         if catalogue.contains([key]):
             hits += now >= 600
-            catalogue.record([(key, float(now))], 0, None)
+            catalogue.record([(key, time.time())], 0, None)
         else:
-            entry = Entry(key, int(sizes[document]), int(tokens[document]), used=float(now), created=float(now))
-            catalogue.next = entry
+            entry = catalogue.next = Entry(key, int(sizes[document]), int(tokens[document]))
             catalogue.put(key, [memoryview(bytes(entry.bytes))])
     rate, _ = simulation["replay"](policy, asked, sizes, tokens, room)
     assert hits / 600 == pytest.approx(rate, abs=0.01)
