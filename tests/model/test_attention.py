@@ -52,6 +52,15 @@ def test_blocks_are_one_pass_under_the_mask(count: int, kind: str, dtype: torch.
     torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("count", [1, 22, attention.BLOCK + 1])
+def test_the_last_tokens_need_no_mask_to_be_told(count: int) -> None:
+    """Danger: blocks of the last tokens see one row too many or too few."""
+    told = attention.Blocks.of(masks("suffix", count), 2, torch.float32)
+    parts = made(count)
+    found = attention.Blocks.last(count, ROWS, 2, torch.float32)(0, *parts, None, None)
+    torch.testing.assert_close(found, told(0, *parts, None, None))
+
+
 def test_one_token_is_ordinary_attention() -> None:
     """Danger: while decoding, heads are given the keys of other heads."""
     query, key, value = made(1)

@@ -128,6 +128,17 @@ class Blocks:
             blocks.append(Block(slice(first, end), common, added.repeat(group, 1)))
         return cls(blocks)
 
+    @classmethod
+    def last(cls, computed: int, rows: int, group: int, dtype: torch.dtype) -> Blocks:
+        """Of the last `computed` of so many rows, each of which sees itself and all before it."""
+        later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=dtype).triu(1)
+        blocks = []
+        for first in range(0, computed, BLOCK):
+            count = min(BLOCK, computed - first)
+            own = later[:count, :count].repeat(group, 1)
+            blocks.append(Block(slice(first, first + count), rows - computed + first, own))
+        return cls(blocks)
+
     def __call__(
         self, _: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:

@@ -209,18 +209,18 @@ class Model:
         mask = None if plan.is_suffix else plan.visible()[None, None].to(self.shape.device)
         positions, embeds = plan.positions[plan.computed_rows], self.embed(plan.computed_tokens, plan.learned)
         more = {"past_key_values": placed, "attention_mask": mask, "logits_to_keep": last}
-        with attention.using(placed.attention or self._blocks(plan, mask)), self._acting((plan.reader, plan.asking)):
+        blocks = self._blocks(len(plan.computed_rows), len(plan.positions), mask)
+        with attention.using(placed.attention or blocks), self._acting((plan.reader, plan.asking)):
             return self._logits(embeds, positions, **more).float()
 
-    def _blocks(self, plan: Plan, mask: Tensor | None) -> attention.Hook | None:
-        """How a pass over a plan is attended on a CPU; None for ordinary attention."""
-        computed, rows = len(plan.computed_rows), len(plan.positions)
-        if self.shape.device.type != "cpu" or computed == rows:
+    def _blocks(self, computed: int, rows: int, mask: Tensor | None = None) -> attention.Hook | None:
+        """How the last tokens, or those of a mask, are attended on a CPU; None for ordinary attention."""
+        if self.shape.device.type != "cpu" or (mask is None and computed in (1, rows)):
             return None
-        causal = torch.arange(rows)[None] <= plan.computed_rows[:, None]
-        allowed = causal if mask is None else mask[0, 0]
         group = self.hf.config.num_attention_heads // self.shape.heads
-        return attention.Blocks.of(allowed, group, self.shape.dtype)
+        if mask is None:
+            return attention.Blocks.last(computed, rows, group, self.shape.dtype)
+        return attention.Blocks.of(mask[0, 0], group, self.shape.dtype)
 
     @torch.no_grad()
     def after(self, tokens: Tensor, placed: PlacedCache, last: int = 0) -> Tensor:
@@ -229,7 +229,8 @@ class Model:
 
         Their rows lie in the cache, but count only once `placed.advance` says so."""
         positions = placed.position + torch.arange(len(tokens))
-        with attention.using(placed.attention), self._acting((placed.reader, None)):
+        blocks = self._blocks(len(tokens), placed.length + len(tokens))
+        with attention.using(placed.attention or blocks), self._acting((placed.reader, None)):
             return self._logits(self.embed(tokens), positions, past_key_values=placed, logits_to_keep=last).float()
 
     def _logits(self, embeds: Tensor, positions: Tensor, **more: Any) -> Tensor:
