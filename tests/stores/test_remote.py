@@ -11,7 +11,8 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,29 @@ def test_a_folder_and_a_bucket_hold_the_same_files(tmp_path: Path) -> None:
     assert {e.key for e in with_client.entries()} == {digest(1), digest(2)}
     with_client.close()
     disk.close()
+
+
+def test_a_folder_is_served_by_any_web_server(tmp_path: Path) -> None:
+    """Danger: reading what somebody publishes needs an account with a cloud."""
+    disk, handler = DiskStore(str(tmp_path)), partial(Quiet, directory=str(tmp_path))
+    disk.put(make_cache(1, rows=ROWS))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = ObjectStore(f"http://127.0.0.1:{server.server_port}")
+        assert same(store.get(make_key(1)), make_cache(1, rows=ROWS))
+        assert store.contains([digest(1), digest(2)]) == {digest(1)}
+        assert store.get(make_key(2)) is None
+        with pytest.raises(StoreUnavailable, match="cannot write http"):
+            store.put(make_cache(2))
+        server.shutdown()
+    disk.close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A plain web server: it knows no ranges."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
 
 
 def test_a_catalogue_remembers_a_bucket(tmp_path: Path, moto: str) -> None:

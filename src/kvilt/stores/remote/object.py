@@ -140,7 +140,7 @@ class ObjectBlobs(RemoteBlobs):
             try:
                 got = self.api.get(self.client, path, options={"range": (0, HEAD)})
                 return _opened(got.meta, got.bytes())
-            except self.api.exceptions.GenericError as error:
+            except (self.api.exceptions.GenericError, self.api.exceptions.NotSupportedError) as error:
                 if "range" not in str(error).lower():
                     raise
         got = self.api.get(self.client, path)  # the object is empty, or the server knows no ranges
