@@ -59,7 +59,7 @@ TORCH ?= torch==2.13.0+cpu
 	touch $@
 
 vllm: .venv-vllm/.ready
-	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -p no:cacheprovider
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm tests/conformance -p no:cacheprovider
 
 bench: $(VENV)/.ready
 	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks --keep build/caches

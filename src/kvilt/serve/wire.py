@@ -86,7 +86,7 @@ class Asked(Struct, kw_only=True):
     max_tokens: Count = None
     max_completion_tokens: Count = None
     max_output_tokens: Count = None
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Share = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     min_p: Share = None
