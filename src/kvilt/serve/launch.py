@@ -58,7 +58,11 @@ def _is_loopback(host: str) -> bool:
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        made = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        made.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )  # else headers and body wait for each other, for 40 ms
+        return made
     except OSError as error:
         raise UserError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.") from error
 

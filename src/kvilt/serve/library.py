@@ -97,13 +97,13 @@ class Library:
     def told(self, namespace: str, digest: str, item: Item | None = None) -> dict[str, Any]:
         """What is known of one document. Raises Refused (404) where nothing is."""
         entry, pending = self._entry(namespace, digest), self._pending.get((namespace, digest))
-        item = item or (pending.item if pending else None)
         if entry is not None:
             return _shown(entry)
-        if item is None:
+        known = item or (pending.item if pending and pending.status != "stored" else None)
+        if known is None:
             raise Refused(404, f"no document {digest!r:.80} is stored.")
         status = pending.status if pending and pending.status != "stored" else "missing"
-        told = {"id": digest, "object": "document", "title": item.title, "tokens": len(item.ids), "stored": False}
+        told = {"id": digest, "object": "document", "title": known.title, "tokens": len(known.ids), "stored": False}
         return {**told, "status": status, "error": pending.error if pending else None}
 
     def read(self, namespace: str, digest: str) -> dict[str, Any]:
