@@ -39,7 +39,7 @@ STRATEGIES = (
 )
 SIZES = (2000, 5000)  # tokens of a prompt
 REPEATS = 5
-BATCH, TOGETHER, POOL, NEW = 16, 10, 50, 16
+BATCH, TOGETHER, POOL, NEW, TOKENS = 16, 10, 50, 16, 65
 CLIENTS, KNOWN, REQUESTS = 16, 200, 300
 NOVEL, STOCK, ASKED = 1000, 500, 14
 
@@ -219,6 +219,22 @@ def throughput(bench: Bench, rng: random.Random) -> dict[str, float]:
     return results
 
 
+def decode(bench: Bench, rng: random.Random) -> dict[str, float]:
+    """Tokens per second of one request at 2,000 tokens, after reuse and without; medians of five."""
+    chosen, results = rng.sample(bench.documents, 14), {}
+    for name, spec in (("vllm", None), *((s, s) for s in bench.deployments)):
+        with bench.serving(spec):
+            rates = []
+            for number in range(5):
+                bench.forget()
+                prompt = bench.prompt(chosen, f"How many of {number}?")
+                first = bench.all([prompt], 1)
+                bench.forget()
+                rates.append((TOKENS - 1) / (bench.all([prompt], TOKENS) - first))
+        results[name] = statistics.median(rates)
+    return results
+
+
 def clients(bench: Bench, rng: random.Random) -> dict[str, Any]:
     """TTFT of CLIENTS that ask one question after another about documents of skewed popularity."""
     known = bench.documents[:KNOWN]
@@ -289,7 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "documents", "store", "out"):
         parser.add_argument(name)
-    parser.add_argument("--part", action="append", choices=["ttft", "throughput", "clients", "steady"])
+    parser.add_argument("--part", action="append", choices=["ttft", "throughput", "decode", "clients", "steady"])
     parser.add_argument("--strategy", action="append")
     parser.add_argument("--limit", type=int, default=STOCK)
     options = parser.parse_args()
@@ -304,10 +320,12 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "ttft": lambda: ttft(bench, rng),
         "throughput": lambda: throughput(bench, rng),
+        "decode": lambda: decode(bench, rng),
         "clients": lambda: clients(bench, rng),
         "steady": lambda: steady(bench, options.store, specs[0], rng),
     }
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "documents": len(documents)}
+    results = json.loads(Path(options.out).read_text()) if Path(options.out).is_file() else {}  # other parts stay
+    results |= {"threads": torch.get_num_threads(), "documents": len(documents)}
     for name in options.part or parts:
         results[name] = parts[name]()
         print(json.dumps({name: results[name]}, indent=1), flush=True)

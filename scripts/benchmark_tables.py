@@ -11,13 +11,12 @@ from typing import Any
 from kvilt.lab.bench.ttft import table
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("full", "block", "kv_packet:wrapper=WRAPPER", "kvlink:links=5")
 
 
 def main() -> None:
     """Rewrite, or check, both files."""
     stale = []
-    for path, sections in ((ROOT / "README.md", {"ttft": short}), (ROOT / "benchmarks" / "README.md", LONG)):
+    for path, sections in ((ROOT / "README.md", {"smollm2/ttft": peers}), (ROOT / "benchmarks" / "README.md", LONG)):
         text = path.read_text()
         made = text
         for name, write in sections.items():
@@ -33,21 +32,28 @@ def main() -> None:
         sys.exit(f"stale: {', '.join(stale)}; run python scripts/benchmark_tables.py")
 
 
-def short(result: dict[str, Any]) -> str:
-    """One row per context, for the README."""
-    lines = ["| context | full prefill | `block` | `kv_packet` | `kvlink:links=5` |", "|" + "---|" * 5]
-    for point in result["points"]:
-        rows = point["rows"]
-        lines.append(f"| {point['context']:,} tokens | {' | '.join(cell(rows.get(name)) for name in COLUMNS)} |")
-    return "\n".join(lines)
+def peers(result: dict[str, Any]) -> str:
+    """The README's table: what a prompt of 5,000 tokens waits for its first token, documents in another order."""
+    own, served = (
+        result["points"][0]["rows"],
+        json.loads((ROOT / "benchmarks" / "vllm.json").read_text())["ttft"]["5000"],
+    )
+    vllm = served["seconds"]
+    rows = [("vLLM with prefix caching, documents shuffled", vllm["vllm shuffled"])]
+    rows += [(f"vLLM with Kvilt, {label(n)}, shuffled", vllm[n]) for n in vllm if not n.startswith(("vllm", "step of"))]
+    rows += [("vLLM's own prefix hit: the same documents in the same order", vllm["vllm same order"])]
+    rows += [("transformers, full prefill", own["full"]["ttft_s"]["median"])]
+    rows += [(f"Kvilt's engine, {label(n)}, any order", r["ttft_s"]["median"]) for n, r in own.items() if n != "full"]
+    lines = [f"| {name} | {seconds:.2f} |" for name, seconds in rows]
+    return "\n".join(
+        [f"| {served['tokens']:,} and {result['points'][0]['context']:,} tokens | TTFT, s |", "|---|---:|", *lines]
+    )
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Median seconds, and the share of full prefill."""
-    if row is None:
-        return ""
-    share = f" ({100 * row['of_full']:.1f} %)" if row.get("of_full", 1.0) != 1.0 else ""
-    return f"{row['ttft_s']['median']:.2f} s{share}"
+def label(name: str) -> str:
+    """A strategy as code, without the path of its vectors; where its documents lie in words."""
+    name, _, where = re.sub(r":wrapper=[^ ,]*", "", name).partition(" (")
+    return f"`{name}` from {where.rstrip(')') or 'disk'}" if where else f"`{name}`"
 
 
 def decode(result: dict[str, Any]) -> str:

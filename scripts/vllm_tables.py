@@ -53,6 +53,11 @@ def throughput(made: dict[str, float]) -> str:
     return table(["sixteen requests at once", "requests/s"], rows)
 
 
+def decode(made: dict[str, float]) -> str:
+    """Tokens per second of one request."""
+    return table(["decoding after 2,000 tokens", "tokens/s"], [[label(n), f"{v:.1f}"] for n, v in made.items()])
+
+
 def clients(made: dict[str, Any]) -> str:
     """TTFT of many clients."""
     rows = [[label(n), *(f"{v[k]:.2f}" for k in ("p50", "p95", "requests/s"))] for n, v in made.items()]
@@ -76,7 +81,7 @@ def steady(made: list[dict[str, float]]) -> str:
     return table(["questions", "hit rate", "TTFT median, s", "times faster than vLLM", "documents stored", "GB"], rows)
 
 
-WRITERS = {"ttft": ttft, "throughput": throughput, "clients": clients, "steady": steady}
+WRITERS = {"ttft": ttft, "throughput": throughput, "decode": decode, "clients": clients, "steady": steady}
 
 
 def main() -> None:
