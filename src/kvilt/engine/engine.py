@@ -137,7 +137,7 @@ class Engine:
         A chat is a list of {"role", "content"}. Documents, texts or {"text", "title", "id"}, stand in front of the first thing
         the user says, or among the texts of a content that is a list. `system` is another system text for this answer.
         `max_new_tokens` is cut to what the context holds; `streamer.put` gets every token as it is picked. What is decoded goes
-        `through` something that may know the next steps already. `placing` may change the plan (`placing.ready(plan, fetched)`)
+        `through` something that may know the next steps already. `placing` may change the plan (`ready(plan, fetched, room)`)
         and runs it in place of the model. Raises PromptError before anything is computed where question or options cannot be
         served."""
         system, question = opened(question, system)
@@ -148,7 +148,8 @@ class Engine:
 
         def attempt(lost: dict[str, bool]) -> Answer:
             plan, caches, probed = self.ready(question, documents, allow_empty, max_new_tokens, clock, lost)
-            plan, room = placing.ready(plan, caches) if placing else plan, self._room(plan.end, max_new_tokens)
+            room = self._room(plan.end, max_new_tokens)
+            plan = placing.ready(plan, caches, room) if placing else plan
             if streamer is not None:
                 streamer.put(torch.empty(0, dtype=torch.long))  # a reader who went away stops the work here
             with (placing or self.model).run(plan, room) as computed:

@@ -54,9 +54,10 @@ class Kept:
         self.model, self.budget = model, budget
         self.held: list[Held] = []
 
-    def take(self, owner: object, plan: Plan) -> tuple[int, int, Held] | None:
-        """The prompt with the most rows in common, how many, and positions; it is taken out."""
-        found = [(*shared(h.plan, plan), h) for h in self.held if h.owner == owner]
+    def take(self, owner: object, plan: Plan, room: int) -> tuple[int, int, Held] | None:
+        """The prompt with the most rows in common, how many, and positions; it is taken out. Its buffer has room for all."""
+        large = [h for h in self.held if h.owner == owner and h.run.placed.capacity >= len(plan.positions) + room]
+        found = [(*shared(h.plan, plan), h) for h in large]
         rows, position, held = max(found, key=lambda f: f[0], default=(0, 0, None))
         if held is None or rows < LEAST:
             return None
@@ -81,10 +82,10 @@ class Placing:
         self.rows = 0  # that were there
         self._found: Held | None = None
 
-    def ready(self, plan: Plan, fetched: Fetched) -> Plan:
+    def ready(self, plan: Plan, fetched: Fetched, room: int) -> Plan:
         """The plan, what is there already as its first segment."""
         self.plan, self.fetched, self.rows = plan, fetched, 0
-        found = self.kept.take(self.owner, plan)
+        found = self.kept.take(self.owner, plan, room)
         if found is None:
             return plan
         self.rows, position, self._found = found
@@ -95,10 +96,7 @@ class Placing:
         """As `Model.run`."""
         held, self._found = self._found, None
         with ExitStack() as stack:
-            if held is None or held.run.placed.capacity < len(self.plan.positions) + room:
-                if held is not None:  # too small for the answer
-                    held.stack.close()
-                    self.rows, plan = 0, self.plan
+            if held is None:
                 run = stack.enter_context(self.kept.model.run(plan, room + ROOM))
                 running = Running(run.placed, run.logits, run.after)
             else:

@@ -36,7 +36,7 @@ def status_of(error: BaseException) -> int:
 
 def failure(error: BaseException) -> dict[str, Any]:
     """The body that says what went wrong; of a fault of our own nothing but that it is one."""
-    status, message = status_of(error), str(error) or type(error).__name__
+    status, message = status_of(error), str(error) or str(Stopping())  # a job that was cut off says nothing
     if status == 500:
         message = "a fault of the server's own; its log says more."
     made = {"message": message, "type": KINDS.get(status, "invalid_request_error"), "code": status}
