@@ -89,8 +89,13 @@ def test_langchain_histories_and_what_it_cannot_do(engine: Engine) -> None:
             chat.invoke(wrong, documents=passages())
     with pytest.raises(PromptError, match="knows no tools"):
         chat.invoke(QUESTION, documents=passages(), tools=[1])
-    with pytest.raises(UserError, match="give a model, an engine or the base_url"):
-        ChatKvilt()
+    for given, message in (
+        ({}, "give a model, an engine or the base_url"),
+        ({"engine": engine, "strategy": "full"}, "it has a strategy and a store"),
+        ({"base_url": "http://127.0.0.1:1/v1", "store": "memory"}, "a store of its own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ChatKvilt(**given)
 
 
 def test_llama_index_answers_as_the_engine_does(engine: Engine) -> None:

@@ -48,6 +48,9 @@ def test_langchain_over_http(url: str, server: Server) -> None:
     assert answer.usage_metadata["input_token_details"]["cache_read"] > 20
     assert server.metric('kvilt_documents_total{how="miss"}') == 0
     assert "".join(piece.text for piece in chat.stream(QUESTION, documents=passages)) == ANSWER
+    full = ChatKvilt(base_url=url, strategy="full", max_tokens=16).invoke(QUESTION, documents=passages)
+    assert full.response_metadata["strategy"] == "full"
+    assert (answer.response_metadata["usage"]["hits"], full.response_metadata["usage"]["hits"]) == (2, 0)
 
 
 def test_llama_index_over_http(url: str, server: Server) -> None:
@@ -58,6 +61,7 @@ def test_llama_index_over_http(url: str, server: Server) -> None:
     synthesizer: BaseSynthesizer = Synthesizer(llm)
     response = synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in nodes])
     assert "Tavik" in str(response)
+    assert llm.metadata.context_window == 2048
     assert server.metric('kvilt_documents_total{how="miss"}') == before
 
 

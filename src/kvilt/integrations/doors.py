@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,55 +76,77 @@ class OverHTTP:
     base_url: str
     model: str = ""
     api_key: str = ""
-    context: int = HELD
+    strategy: str = ""  # another one than the server's own
+
+    @property
+    def context(self) -> int:
+        """Of the server's model, as far as it tells."""
+        told = _served(self.base_url, self.api_key)
+        return (told.get("kvilt") or {}).get("context_length") or told.get("max_model_len") or HELD
 
     def encode(self, documents: Sequence[Document]) -> None:
         """Into the server's store."""
-        body = {"documents": list(map(_written, documents)), "wait": True}
-        self._client().post("/documents", body=body, cast_to=object)
+        body = {"documents": list(map(_written, documents)), "wait": True, **self._ours()}
+        _client(self.base_url, self.api_key).post("/documents", body=body, cast_to=object)
 
     def stream(self, chat: Chat, documents: Sequence[Document], **settings: Any) -> Iterator[str | Reply]:
         """From the server; one that is not read to its end is hung up on."""
-        client = self._client()
-        text, usage = "", None
-        given = client.chat.completions.create(
-            model=self.model or next(iter(client.models.list())).id,
+        text, usage, receipt = "", None, dict[str, Any]()
+        given = _client(self.base_url, self.api_key).chat.completions.create(
+            model=self.model or _served(self.base_url, self.api_key)["id"],
             messages=[{"role": role, "content": said} for role, said in chat],
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"documents": list(map(_written, documents))} if documents else None,
+            extra_body=({"documents": list(map(_written, documents))} if documents else {}) | self._ours(),
             **settings,
         )
         with given:
             for chunk in given:
-                usage = chunk.usage or usage
+                usage, receipt = chunk.usage or usage, (chunk.model_extra or {}).get("kvilt") or receipt
                 for piece in (choice.delta.content for choice in chunk.choices if choice.delta.content):
                     text += piece
                     yield piece
         told = usage.model_dump() if usage else {}
         reused = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        yield Reply(text, told.get("prompt_tokens", 0), reused, told.get("completion_tokens", 0), told)
+        tokens = told.get("prompt_tokens", 0), reused, told.get("completion_tokens", 0)
+        yield Reply(text, *tokens, {"strategy": receipt.get("strategy", self.strategy), "usage": receipt or told})
 
-    def _client(self) -> Any:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise MissingExtra("openai", "langchain") from error
-        return OpenAI(base_url=self.base_url, api_key=self.api_key or "none")
+    def _ours(self) -> dict[str, Any]:
+        return {"kvilt": {"strategy": self.strategy}} if self.strategy else {}
 
 
-def door(engine: Engine | None, base_url: str | None, model: str, api_key: str, **more: Any) -> Door:
-    """The way that is given: an engine, a server's address, or a model to be loaded. Raises UserError."""
-    if (engine is not None) + bool(base_url) > 1:
-        raise UserError("give an engine or a base_url, not both.")
+@functools.cache
+def _client(base_url: str, api_key: str) -> Any:
+    """One client for a server: it keeps connections, and may be used by many threads."""
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise MissingExtra("openai", "langchain") from error
+    return OpenAI(base_url=base_url, api_key=api_key or "none")
+
+
+@functools.cache
+def _served(base_url: str, api_key: str) -> dict[str, Any]:
+    """The server's model, as it describes it."""
+    return dict(next(iter(_client(base_url, api_key).models.list())).model_dump())
+
+
+def door(engine: Engine | None, base_url: str | None, model: str, api_key: str, given: Mapping[str, Any]) -> Door:
+    """The way that is given: an engine, a server's address, or a model to be loaded; `given` is a strategy and a store.
+
+    Raises UserError for what contradicts itself: an engine has a strategy and a store, and a server a store."""
+    if engine is not None and (base_url or given):
+        raise UserError(f"give an engine alone: it has {'no base_url' if base_url else 'a strategy and a store'}.")
     if base_url:
-        return OverHTTP(base_url, model, api_key)
+        if "store" in given:
+            raise UserError("the server has a store of its own: give no store with a base_url.")
+        return OverHTTP(base_url, model, api_key, given.get("strategy", ""))
     if engine is None and not model:
         raise UserError("give a model, an engine or the base_url of a server.")
     if engine is None:
         from kvilt.engine.engine import Engine
 
-        engine = Engine.load(model, **more)
+        engine = Engine.load(model, **given)
     return InProcess(engine)
 
 

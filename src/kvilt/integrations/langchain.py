@@ -49,8 +49,8 @@ class ChatKvilt(BaseChatModel):
     def model_post_init(self, context: Any, /) -> None:
         """Open the way to the model."""
         super().model_post_init(context)
-        here = {} if self.base_url or self.engine else {"strategy": self.strategy, "store": self.store}
-        self._door = door(self.engine, self.base_url, self.model, self.api_key, **here)
+        given = {name: getattr(self, name) for name in ("strategy", "store") if name in self.model_fields_set}
+        self._door = door(self.engine, self.base_url, self.model, self.api_key, given)
 
     def encode(self, documents: Sequence[Passage | Document | str]) -> None:
         """Encode documents that are not stored yet, ahead of any question."""
