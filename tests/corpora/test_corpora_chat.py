@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from cli_kit import run, write_documents
+from kvilt.corpora.chat import Chat
+from kvilt.engine.engine import Engine
+from kvilt.types import Document
 
 
 @pytest.fixture
@@ -56,3 +59,25 @@ def test_a_mistake_does_not_end_the_conversation(docs: Path, model_dir: Path) ->
     assert "no document shares a word" in errors[2]
     assert "1 answers:" in told.stderr
     assert "/quit" in told.stderr
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(model_dir: Path) -> None:
+    """Danger: an answer that goes astray can only be ended together with everything said so far."""
+    engine, documents = Engine.load(str(model_dir), "block", "memory"), [Document("The harbour keeps the key.")]
+    shown: list[str] = []
+
+    def out(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    def chat(interactive: bool) -> Chat:
+        shown.clear()
+        settings = {"max_new_tokens": 8}
+        return Chat(engine, documents, lambda _: documents, out, print, print, settings, interactive=interactive)
+
+    made = chat(True)
+    assert made.run(["which key?", "whose?"]) == 0
+    assert [asked for asked, _ in made.turns] == ["whose?"]  # what was stopped is not part of the conversation
+    with pytest.raises(KeyboardInterrupt):
+        chat(False).run(["which key?"])
