@@ -136,10 +136,11 @@ def lookup(store: Any) -> dict[str, Any]:
     from kvilt.types import CacheKey
 
     rows = store.last.read(
-        lambda db: [row[0] for row in db.execute("SELECT key FROM entries ORDER BY fields LIMIT 200000")]
+        lambda db: [row[0] for row in db.execute("SELECT key FROM entries ORDER BY key LIMIT 200000")]
     )
     keys = random.Random(0).sample(rows, TRIES)
     made = {"entry": median_us([lambda key=key: store.entry(key) for key in keys])}
+    made["contains"] = median_us([lambda key=key: store.contains([key]) for key in keys])
     full = [CacheKey(**store.entry(key).fields) for key in keys]
     return {**made, "get": median_us([lambda key=key: store.get_many([key]) for key in full])}
 
@@ -255,6 +256,7 @@ def main() -> None:
             for kind in ("disk", "file"):
                 fill(folder / "store", count)  # what was evicted
                 told["sizes"][str(count)][kind] = measure(kind, folder / "store", count)
+                save(told, given.out)
             if count <= 10_000:
                 fill(folder / "store", count)
                 os.environ.update(AWS_ACCESS_KEY_ID=servers.ACCESS, AWS_SECRET_ACCESS_KEY=servers.SECRET)
@@ -264,9 +266,14 @@ def main() -> None:
     finally:
         if not given.folder:
             shutil.rmtree(folder)
+    save(told, given.out)
+
+
+def save(told: dict[str, Any], out: Path) -> None:
+    """Write the results and the plot."""
     told["load_after"] = os.getloadavg()[0]
-    (given.out / "million.json").write_text(json.dumps(told, indent=1) + "\n")
-    plot(told, given.out / "million.png")
+    (out / "million.json").write_text(json.dumps(told, indent=1) + "\n")
+    plot(told, out / "million.png")
 
 
 if __name__ == "__main__":
