@@ -78,6 +78,8 @@ bench: $(VENV)/.ready
 	$(BIN)/kvilt bench decode --dtype float32 --out benchmarks
 	$(BIN)/kvilt bench encode --dtype float32 --out benchmarks
 	$(BIN)/kvilt bench memory --out benchmarks
+	$(BIN)/python scripts/bench_million.py --most 1000000
+	$(BIN)/python scripts/bench_stores.py
 
 clean:
 	rm -rf $(VENV) .venv-minimal .venv-vllm build dist

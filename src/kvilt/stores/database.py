@@ -169,6 +169,7 @@ class Database(ABC):
         try:
             db.execute("PRAGMA synchronous = OFF")  # what a power failure damages is built anew
             db.execute("PRAGMA journal_mode = MEMORY")
+            db.execute("PRAGMA cache_size = -32768")  # kB, where there is so much to hold
             if _version(db) > self.version:
                 raise OSError("it is a newer Kvilt's")
             if _version(db) != self.version:

@@ -47,7 +47,7 @@ class RemoteBlob:
     def __init__(self, store: RemoteBlobs, key: str, opened: Opened) -> None:
         self.store, self.key, self.opened = store, key, opened
         self.size, self.identity, self._head = opened
-        self.group = Group([self])
+        self.group: Group
 
     def parts(self, start: int) -> list[Part]:
         """All parts behind the head, from the one that holds `start` on."""
