@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 60.0
+LONG: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True}
 SOURCE = Path(__file__).parent.parent / "src"
 
 
@@ -139,3 +141,26 @@ def events(body: bytes) -> list[Any]:
 def said(chunks: Sequence[Any]) -> str:
     """The text of a streamed chat."""
     return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"])
+
+
+def begin(server: Server, **body: Any) -> http.client.HTTPConnection:
+    """A request whose answer nobody has read yet."""
+    connection = http.client.HTTPConnection(*server.address, timeout=60)
+    whole = {"messages": [{"role": "user", "content": "Who?"}], **LONG, **body}
+    connection.request("POST", "/v1/chat/completions", json.dumps(whole), {"content-type": "application/json"})
+    return connection
+
+
+def cut(connection: http.client.HTTPConnection) -> None:
+    """Go away without a word."""
+    assert connection.sock is not None
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+def until(true: Any, seconds: float = 20.0) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)

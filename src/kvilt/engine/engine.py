@@ -140,7 +140,7 @@ class Engine:
         `through` something that may know the next steps already. `placing` may change the plan (`ready(plan, fetched, room)`)
         and runs it in place of the model. Raises PromptError before anything is computed where question or options cannot be
         served."""
-        system, question = opened(question, system)
+        system, question = (system, question) if isinstance(question, str) else opened(question, system)
         if system is not None and system != self.text.system:
             given = {"max_new_tokens": max_new_tokens, "allow_empty": allow_empty, "streamer": streamer, **sampling}
             return self.with_system(system).answer(question, documents, through=through, placing=placing, **given)
@@ -221,7 +221,9 @@ class Engine:
         """Tokenise, key, fetch, encode what is missing or lost, plan; the plan, the caches, and the bytes that probing read.
 
         The plan is charged with what its probe passes and missing documents have cost."""
-        headed, parts, asked = parts_of(self.text, self._system.ids, question, documents)
+        documents = self.text.documents(documents, begins=True)
+        plain = isinstance(question, str) and (True, documents, self.text.question_ids(question))
+        headed, parts, asked = plain or parts_of(self.text, self._system.ids, question, documents)
         if not (documents or parts or allow_empty):
             raise PromptError("no documents: give at least one to answer from.")
         items, front = self._items(parts), len(self._system.ids) if headed else 0

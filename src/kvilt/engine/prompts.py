@@ -61,15 +61,12 @@ def _turn(message: Any, where: str) -> Turn:
 
 
 def parts_of(
-    text: TextFormat, system: Tensor, question: str | list[Turn], documents: Any
+    text: TextFormat, system: Tensor, chat: list[Turn], documents: list[Document]
 ) -> tuple[bool, list[Document], Tensor]:
-    """Whether a prompt begins with the ids `system` (tokens,), the parts behind them, and the ids of all that comes last.
+    """Whether a chat's prompt begins with the ids `system` (tokens,), the parts behind them, and the ids of all that comes last.
 
-    The documents stand in front of the first thing the user says. Raises PromptError, DocumentError."""
-    documents = text.documents(documents, begins=True)
-    if isinstance(question, str):
-        return True, documents, text.question_ids(question)
-    turns: list[Turn] = [("system", [text.system]), *question] if text.system else [*question]
+    The documents stand in front of the first thing the user says. Raises PromptError."""
+    turns: list[Turn] = [("system", [text.system]), *chat] if text.system else [*chat]
     first = next((n for n, (role, _) in enumerate(turns) if role == "user"), None)
     if first is None:
         raise PromptError("the user says nothing in this chat.")
