@@ -212,7 +212,7 @@ class Catalogue(Database, BlobStore):
     def build(self, db: sqlite3.Connection) -> None:
         for statement in tables.SCHEMA.strip().split("\n\n"):
             db.execute(statement)
-        tables.set_counter(db, "clock", 0.0)
+        db.executemany("INSERT INTO counters VALUES (?, ?)", [("clock", 0.0), ("policy", self._policy)])
         if self._enters:
             self._insert(db, self._survey(key for key, _ in self.blobs.list()))
 
