@@ -10,8 +10,9 @@ strategies() {
     done
     for tokens in 0 2 4 8; do echo "-s epic:tokens=$tokens"; done
     for ratio in 0.1 0.2 0.5; do
-        for name in random cacheblend a3 prophetkv infoflow; do echo "-s $name:ratio=$ratio"; done
+        for name in random ranked cacheblend a3 prophetkv infoflow; do echo "-s $name:ratio=$ratio"; done
     done
+    for ratio in 0.1 0.2 0.5; do echo "-s ranked:ratio=$ratio,sink=none"; done
     echo "-s cacheblend:ratio=0.2,score=v -s cacheblend:ratio=0.2,stages=3 -s infoflow:ratio=0.2,boundary=2"
     echo "-s sam_kv:init=2,local=4,block=4 -s sam_kv:init=2,local=4,block=4,update=fusion"
 }
