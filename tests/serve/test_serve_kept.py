@@ -85,6 +85,7 @@ def test_other_prompts_share_nothing() -> None:
 def test_memory_is_bounded_and_given_back() -> None:
     """Danger: every prompt leaves its rows behind until the machine has no memory left."""
     engine = engine_of("block")
+    engine.model.pool.clear()  # no larger buffer of an earlier test
     one = engine.model.bytes_per_token * 1024
     for budget, most in ((0, 0), (2 * one, 2 * one)):
         kept = Kept(engine.model, budget)
@@ -117,6 +118,7 @@ def test_a_prompt_that_is_given_up_leaves_nothing() -> None:
 def test_an_answer_that_does_not_fit_behind_kept_rows_is_placed_anew() -> None:
     """Danger: the buffer of the first prompt is too small for a long answer to the second, which is written over its end."""
     engine = engine_of("block")
+    engine.model.pool.clear()  # no larger buffer of an earlier test
     kept = Kept(engine.model, 1 << 30)
     ask(engine, kept, QUESTION)
     placing = Placing(kept, "me")
