@@ -51,7 +51,7 @@ def test_a_thousand_requests_leave_nothing_behind(checkpoint: str, log: Path) ->
             body = {
                 "messages": [{"role": "user", "content": f"Which, {number}?"}],
                 "documents": documents,
-                "max_tokens": 2,
+                "max_tokens": 1,
             }
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
             answer = connection.getresponse()

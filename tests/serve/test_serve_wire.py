@@ -180,7 +180,7 @@ def test_a_server_that_may_not_start_says_why(
 def test_the_page_of_the_documentation_runs(server: Server) -> None:
     """Danger: the first program that a reader types does not work."""
     page = (ROOT / "docs" / "serve.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     shown: list[Any] = []
     code = code.replace("http://127.0.0.1:8000", server.url).replace("smollm2", "tiny")
     exec(compile(code, "serve.md", "exec"), {"print": lambda *given: shown.append(given)})
