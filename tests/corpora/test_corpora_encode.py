@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from cli_kit import error, run, stored, wait_for
 from kvilt.corpora import processes
 from kvilt.corpora.encode import encode_corpus
 from kvilt.corpora.worker import Clerk, Job, outcome_of
+from kvilt.engine.encoder import Encoder, Item
 from kvilt.errors import DocumentError, StoreUnavailable, UserError
-from kvilt.types import Document
+from kvilt.types import Document, DocumentCache
 
 COUNT = 96
 
@@ -165,3 +167,21 @@ def test_a_store_that_fails_ends_the_run_with_its_reason(model_dir: Path, tmp_pa
     clerk = Clerk(Job(str(model_dir), store=f"disk:path={tmp_path / 'file'}"))
     with pytest.raises((StoreUnavailable, UserError), match="file"):
         outcome_of(clerk(json.dumps({"documents": [{"text": "a"}]})))
+
+
+def test_documents_that_do_not_fit_together_are_encoded_alone(
+    model_dir: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Danger: one batch that is too large for a device's memory ends a run of days, or costs all documents of the batch."""
+    real = Encoder.make
+
+    def make(self: Encoder, items: Sequence[Item]) -> list[DocumentCache]:
+        if len(items) > 1 or "poison" in items[0].document.text:
+            raise RuntimeError("out of memory")
+        return real(self, items)
+
+    monkeypatch.setattr(Encoder, "make", make)
+    given = [Document(f"text {i} {'poison' if i == 3 else 'honey'}", id=str(i)) for i in range(6)]
+    done = encode_corpus(given, str(model_dir), store=store)
+    assert (done.documents, done.encoded) == (5, 5)
+    assert done.failed == ("document '3' cannot be encoded: out of memory",)
