@@ -82,7 +82,8 @@ def main() -> None:
                 print(kind, workers, results[-1], f"load {load[-1]:.1f}", file=sys.stderr, flush=True)
     made: dict[str, Any] = {"documents": DOCUMENTS, "rounds": ROUNDS, "cores": os.cpu_count(), "load": load}
     for (kind, workers), results in found.items():
-        made[f"{kind} {workers}"] = {way: statistics.median(r[way] for r in results) for way in results[0]}
+        made[f"{kind} {workers}"] = {way: [r[way] for r in results] for way in results[0]}
+        made[f"{kind} {workers}"]["median"] = {way: statistics.median(r[way] for r in results) for way in results[0]}
     Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/corpora.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
