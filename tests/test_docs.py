@@ -132,7 +132,7 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("name", ["benchmark_tables.py", "quality_tables.py", "real_tables.py"])
+@pytest.mark.parametrize("name", ["benchmark_tables.py", "quality_tables.py", "real_tables.py", "bench_stores.py"])
 def test_figures_are_those_of_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: README and benchmarks/ say other figures than the JSON results beside them."""
     monkeypatch.setattr(sys, "argv", [name, "--check"])

@@ -19,6 +19,7 @@ from kvilt.stores.remote.parts import HEAD, PART, Link, Opened, Part, RemoteBlob
 from kvilt.stores.store import Store
 
 T = TypeVar("T")
+KNOWN = 100_000  # documents that are remembered to be there
 DOCUMENT, PIN = "{0:.2}/{0}.safetensors", "pins/{0}"
 SERVERS, REGIONS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"), ("AWS_REGION", "AWS_DEFAULT_REGION")
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=1), "base": 2}
@@ -83,7 +84,7 @@ class ObjectBlobs(RemoteBlobs):
                 self._can.creates = self._probe(f"probe/{secrets.token_hex(8)}")
             mode = "create" if self._can.creates else "overwrite"
             made = (self._can.creates or not self._is_there(key)) and self._create(path, b"".join(data), mode)
-            self._seen[key] = time.monotonic()
+            self._note(key)
             return made
 
     def delete(self, key: str) -> bool:
@@ -131,7 +132,7 @@ class ObjectBlobs(RemoteBlobs):
             if "NoSuchBucket" in str(error):
                 raise
             return None
-        self._seen[key] = time.monotonic()
+        self._note(key)
         return opened
 
     def _head(self, path: str) -> Opened:
@@ -170,11 +171,16 @@ class ObjectBlobs(RemoteBlobs):
         except FileNotFoundError:
             self._forget(key)
             return False
-        self._seen[key] = time.monotonic()
+        self._note(key)
         return True
 
     def _is_fresh(self, key: str) -> bool:
         return time.monotonic() - self._seen.get(key, float("-inf")) < self._fresh
+
+    def _note(self, key: str) -> None:
+        if len(self._seen) >= KNOWN:  # millions are listed, not read
+            self._seen.clear()
+        self._seen[key] = time.monotonic()
 
     def _forget(self, key: str) -> None:
         self._seen.pop(key, None)
