@@ -7,11 +7,12 @@ import json
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from corpus_kit import files
+from corpus_kit import MOMENT, files
 
 import zoo
 from cli_kit import data, error, run, run_any, write_documents
@@ -27,7 +28,8 @@ QUESTION = "Where?"
 def filled(model_dir: Path, store: str, tmp_path: Path) -> str:
     """A store with four documents."""
     write_documents(tmp_path / "docs", 4)
-    run("encode", tmp_path / "docs", "--model", model_dir, "--store", store, "--tables", tmp_path / "tables")
+    where = ("--model", model_dir, "--store", store, "--tables", tmp_path / "tables")
+    run("encode", tmp_path / "docs", *where, SOURCE_DATE_EPOCH=MOMENT)  # long ago
     return store
 
 
@@ -101,6 +103,7 @@ def test_budgets_hold_for_what_comes_in(exported: Path, tmp_path: Path) -> None:
     open_collection(exported).into(small)
     assert small.stats().bytes <= 2 * size
     assert small.stats().evictions >= 2
+    assert min(e.used for e in small.entries()) > time.time() - 60  # old documents, but new here: not the first to go
     small.close()
 
 

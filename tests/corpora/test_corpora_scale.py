@@ -55,7 +55,7 @@ def test_the_run_evicts_as_the_catalogue_does(simulation: dict[str, Any], policy
             hits += now >= 600
             catalogue.record([(key, time.time())], 0, None)
         else:
-            entry = catalogue.next = Entry(key, int(sizes[document]), int(tokens[document]))
+            entry = catalogue.next = Entry(key, int(sizes[document]), int(tokens[document]), used=time.time())
             catalogue.put(key, [memoryview(bytes(entry.bytes))])
     rate, _ = simulation["replay"](policy, asked, sizes, tokens, room)
     assert hits / 600 == pytest.approx(rate, abs=0.01)

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
@@ -131,7 +131,7 @@ class Store:
         """Store a document's file as it is, which the caller has checked; False if it was there.
 
         Raises DamagedCache, OtherVersion and StoreUnavailable."""
-        return self._write(describe(digest, MemoryBlob(data)), [memoryview(data)])
+        return self._write(replace(describe(digest, MemoryBlob(data)), used=time.time()), [memoryview(data)])
 
     def _write(self, entry: Entry, data: Sequence[memoryview]) -> bool:
         for catalogue in self.catalogues:
