@@ -202,7 +202,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5))
     for kind, style in (("disk", "-"), ("file", "--")):
         rows = [(int(count), kinds[kind]) for count, kinds in told["sizes"].items() if kind in kinds]
         x = [count for count, _ in rows]
@@ -225,7 +225,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
     ):
         axis.set_title(title)
         axis.set_xlabel("documents")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     axes[2].set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

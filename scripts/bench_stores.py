@@ -231,7 +231,8 @@ def million_lines(told: dict[str, Any]) -> Iterator[str]:
             times = [f"{each['median_us']:,.0f}" for each in (row["lookup"]["entry"], row["writing"], row["evicting"])]
             peak = max(each["peak_mb"] for each in phases)
             yield f"| {' | '.join([f'{int(count):,}', kind, *rates, *times, f'{peak:.0f}'])} |"
-    yield "\nLook-up, put and eviction are medians of 200."
+    yield "\nLook-up, put and eviction are medians of 200. Memory includes SQLite's pages, 32 MB at most."
+    yield from [told["note"]] if "note" in told else []
 
 
 def main() -> None:
