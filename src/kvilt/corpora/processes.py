@@ -29,12 +29,14 @@ class Child:
     def __init__(self, job: Job, threads: int) -> None:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(  # Ctrl-C reaches the one that gives out the work alone
-            COMMAND, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
-        )
-        if not self.ask(json.dumps(asdict(job))):
+        for _ in range(TRIES):
+            self.process = subprocess.Popen(  # Ctrl-C reaches the one that gives out the work alone
+                COMMAND, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+            )
+            if self.ask(json.dumps(asdict(job))):
+                return
             self.end()
-            raise UserError("a worker ended before its model was loaded: out of memory? Try fewer workers.")
+        raise UserError("a worker ended before its model was loaded: out of memory? Try fewer workers.")
 
     def ask(self, line: str) -> str:
         """The answer to a line; empty if the process died over it."""

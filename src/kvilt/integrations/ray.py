@@ -6,11 +6,13 @@ from all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -62,8 +64,9 @@ def _run(address: str, gpus: float, job: Job, parts: Sequence[Part], actors: int
             num_cpus=1,
             **({"num_gpus": gpus} if gpus else {}),
         )
-        for row in outcomes.iter_rows():
-            yield outcome_of(row["outcome"])
+        with contextlib.redirect_stdout(sys.stderr):  # what Ray prints is no data of ours
+            for row in outcomes.iter_rows():
+                yield outcome_of(row["outcome"])
     finally:
         log.setLevel(level)
         if own:
