@@ -44,7 +44,9 @@ def peers(result: dict[str, Any]) -> str:
     rows += [(f"vLLM with Kvilt, {label(n)}, shuffled", vllm[n]) for n in vllm if n.startswith(SHOWN)]
     rows += [("vLLM's own prefix hit: the same documents in the same order", vllm["vllm same order"])]
     rows += [("transformers, full prefill", own["full"]["ttft_s"]["median"])]
-    rows += [(f"Kvilt's engine, {label(n)}, any order", r["ttft_s"]["median"]) for n, r in own.items() if n.startswith(SHOWN)]
+    rows += [
+        (f"Kvilt's engine, {label(n)}, any order", r["ttft_s"]["median"]) for n, r in own.items() if n.startswith(SHOWN)
+    ]
     lines = [f"| {name} | {seconds:.2f} |" for name, seconds in rows]
     return "\n".join(
         [f"| {served['tokens']:,} and {result['points'][0]['context']:,} tokens | TTFT, s |", "|---|---:|", *lines]

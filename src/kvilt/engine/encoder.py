@@ -22,8 +22,7 @@ from kvilt.model.model import Model
 from kvilt.model.probe import ModelProbe
 from kvilt.rows.header import MAX_TITLE
 from kvilt.rows.rows import TensorRows
-from kvilt.stores.entry import check_namespace
-from kvilt.stores.store import Store
+from kvilt.stores.store import Store, check_namespace
 from kvilt.types import CacheKey, Document, DocumentCache, Encoding, digest_of
 
 BATCH_TOKENS = 4096  # padded tokens of one pass: enough to fill the cores, small enough for activations

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvilt.errors import DamagedCache, UserError
+from kvilt.errors import DamagedCache
 from kvilt.rows.header import read_header
 from kvilt.stores.blobs import Blob
 
@@ -48,12 +48,6 @@ class StoreStats:
 
 is_namespace = re.compile(r"[\w -~]{1,128}").fullmatch  # letters and digits of any script, and printable ASCII
 Describe = Callable[[str, Blob], Entry]
-
-
-def check_namespace(name: str) -> None:
-    """Refuse what cannot be a namespace. Raises UserError."""
-    if not is_namespace(name):
-        raise UserError(f"namespace {name[:100]!r} must be 1 to 128 letters, digits or printable ASCII characters.")
 
 
 def describe(key: str, blob: Blob) -> Entry:

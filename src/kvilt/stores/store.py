@@ -18,7 +18,7 @@ from kvilt.errors import DamagedCache, OtherVersion, StoreUnavailable, UserError
 from kvilt.stores.blobs import Blob, BlobStore, MemoryBlob, check_key
 from kvilt.stores.catalogue import BATCH, Catalogue
 from kvilt.stores.database import MOMENT
-from kvilt.stores.entry import Entry, StoreStats, check_namespace, describe
+from kvilt.stores.entry import Entry, StoreStats, describe, is_namespace
 
 if TYPE_CHECKING:
     from kvilt.types import CacheKey, DocumentCache
@@ -28,7 +28,6 @@ log = logging.getLogger("kvilt")
 
 FLUSH_SECONDS = 2.0
 REMEMBERED = 512  # opened caches, each of which keeps its file open
-
 
 Use = tuple[int, str | None, float]  # process, key (None is a miss), time
 
@@ -50,6 +49,12 @@ def _leave(uses: deque[Use], catalogues: Sequence[Catalogue]) -> None:
         catalogue.disconnect()
 
 
+def check_namespace(name: str) -> None:
+    """Refuse what cannot be a namespace. Raises UserError."""
+    if not is_namespace(name):
+        raise UserError(f"namespace {name[:100]!r} must be 1 to 128 letters, digits or printable ASCII characters.")
+
+
 class Opened(NamedTuple):
     """What is remembered of a blob that was opened."""
 
@@ -62,8 +67,7 @@ class Store:
     """Document caches by content address, in any blobs; where several are behind one another, under several catalogues.
 
     `put` of an existing key is a no-op, so writers need not coordinate. A damaged, foreign or half-written document is
-    never returned: it is set aside, counted, logged, and counts as a miss. Another version's is left alone.
-    """
+    never returned: it is set aside, counted, logged, and counts as a miss. Another version's is left alone."""
 
     def __init__(self, blobs: BlobStore, *catalogues: Catalogue) -> None:
         if not catalogues:  # one that limits nothing, and reads nothing in advance, unless it is given
@@ -234,15 +238,14 @@ class Store:
             log.warning("cannot read stored document %s: %s", digest[:16], error)
             return None
         self._remember(digest, held)
-        over = held.expires is not None and held.expires <= time.time()
-        return None if over and not self._is_pinned(digest) else held.cache
+        over = held.expires is not None and held.expires <= time.time() and not self.last.pins.contains([digest])
+        return None if over else held.cache
 
     def _read(self, key: CacheKey, blob: Blob) -> Opened:
         from kvilt.rows.file import open_cache
 
         try:
-            expires = self.last.describe(key.digest, blob).expires
-            return Opened(blob.identity, open_cache(blob, key), expires)
+            return Opened(blob.identity, open_cache(blob, key), self.last.describe(key.digest, blob).expires)
         except OtherVersion as error:
             log.info("%s", error)
             return Opened(blob.identity, None)
@@ -277,9 +280,6 @@ class Store:
                     entry = entry or self.last.look(digest)
                 if entry is not None and entry.alive(time.time()):
                     yield entry
-
-    def _is_pinned(self, digest: str) -> bool:
-        return bool(self.last.pins.contains([digest]))
 
     def _problem(self, digest: str) -> str:
         """Why a document cannot be read completely; empty if it can, or is not for us to read."""
