@@ -66,7 +66,8 @@ def test_list() -> None:
         for name in names:
             cls = registry.load(kind, name["name"])
             known = inspect.signature(cls).parameters
-            assert name["options"] == {o: known[o].default for o in registry.parameters(cls)}, name
+            defaults = {o: known[o].default for o in registry.parameters(cls)}
+            assert name["options"] == {o: "" if d is inspect.Parameter.empty else d for o, d in defaults.items()}, name
             assert name["summary"] == " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
     text = run("list", "store").stdout
     assert "policy=lru" in text

@@ -132,6 +132,7 @@ BAD: list[dict[str, Any]] = [
     *({"temperature": v} for v in (-1, 1e-40, -INF, INF, NAN, 10**400, "hot", True, [1.0], torch.tensor(0.5))),
     *({"top_p": v} for v in (2.0, -0.1, NAN, INF, "x", True)),
     *({"top_k": v} for v in (-1, 10**30, 1.5, "a", NAN, False)),
+    *({name: 5e-324} for name in ("repetition_penalty", "encoder_repetition_penalty")),
     *({name: 1.5} for name in ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")),
     *({"repetition_penalty": v} for v in (0, -2.0, INF, NAN, "x")),
     *({"no_repeat_ngram_size": v} for v in (-1, 1.5, 10**40)),

@@ -66,7 +66,7 @@ def test_unknown_names_suggest_the_nearest(kind: str, wrong: str, near: str) -> 
 
 def test_a_name_like_no_other_lists_them_all() -> None:
     """Danger: a wild suggestion is worse than none."""
-    with pytest.raises(SpecError, match=r"unknown store 'zzz'. Known: disk, memory, tiered"):
+    with pytest.raises(SpecError, match=r"unknown store 'zzz'. Known: disk, memory, object, redis, tiered"):
         registry.build("store", "zzz")
     with pytest.raises(SpecError, match="unknown strategy ''"):
         registry.build("strategy", "")

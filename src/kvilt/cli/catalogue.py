@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ def _class(path: str) -> tuple[str, ast.ClassDef]:
 
 
 def _options(path: str) -> dict[str, object]:
-    """Options of a class with their defaults, which are literals: of its `__init__`, or a dataclass and its bases."""
+    """Options of a class with their defaults ("": must be given), literals of its `__init__` or of a dataclass and its bases."""
     module, cls = _class(path)
     options: dict[str, object] = {}
     for base in cls.bases:
@@ -125,8 +126,8 @@ def _options(path: str) -> dict[str, object]:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             arguments = [*node.args.args[1:], *node.args.kwonlyargs][::-1]
             defaults = [*node.args.defaults, *node.args.kw_defaults][::-1]
-            pairs = zip(arguments, defaults, strict=False)
-            options = {argument.arg: ast.literal_eval(default) for argument, default in pairs if default}
+            pairs = itertools.zip_longest(arguments, defaults)
+            options = {argument.arg: ast.literal_eval(default) if default else "" for argument, default in pairs}
         elif isinstance(node, ast.AnnAssign) and node.value and not re.search("ClassVar|repr=False", ast.unparse(node)):
             options[ast.unparse(node.target)] = ast.literal_eval(node.value)
     return {name: value for name, value in options.items() if not name.startswith("_")}

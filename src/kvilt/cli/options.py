@@ -248,6 +248,6 @@ class Several(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse with repeated options and missing addresses written out."""
-        following = [*args[1:], ""]
+        following = [*args, ""][1:]
         full = [f"{a}=local" if a == "--ray" and not ADDRESS(b) else a for a, b in zip(args, following, strict=True)]
         return super().parse_args(ctx, list(spread(full)))

@@ -32,6 +32,7 @@ LENGTHS = ("max_time", "min_new_tokens", "exponential_decay_length_penalty", "st
 SERVED = ("top_k", *REPEATS, *LENGTHS, *FLOATS, *SWITCHES, *IDS)  # others want another loop or several rows per prompt
 OFF = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "use_cache": True}
 INSTEAD = {"max_length": " Use max_new_tokens.", "min_length": " Use min_new_tokens."}
+LEAST = {"repetition_penalty": 1e-3, "encoder_repetition_penalty": 1e-3}  # smaller ones leave no number of a score
 MOST = {"seed": 1 << 63} | dict.fromkeys(SHARES, 1)  # the largest value, where it is not 2 ** 31
 
 
@@ -94,10 +95,10 @@ def _check(name: str, value: Any, vocabulary: int) -> None:
         check_ids(said, value, vocabulary)
     if isinstance(value, bool) != (name in SWITCHES):
         raise PromptError(f"{said} must be {'True or False' if name in SWITCHES else 'a value'}.")
-    whole, most = name not in (*FLOATS, "max_time"), MOST.get(name, 1 << 31)
+    whole, least, most = name not in (*FLOATS, "max_time"), LEAST.get(name, 0), MOST.get(name, 1 << 31)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and not (0 <= value <= most and isinstance(value, int if whole else int | float)):  # nor is NaN
-        raise PromptError(f"{said} must be a {'whole ' * whole}number from 0 to {most}.")
+    if number and not (least <= value <= most and isinstance(value, int if whole else int | float)):  # nor is NaN
+        raise PromptError(f"{said} must be a {'whole ' * whole}number from {least} to {most}.")
 
 
 def generate(
