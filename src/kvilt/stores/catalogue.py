@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import time
@@ -151,7 +152,7 @@ class Catalogue(Database, BlobStore):
                 self._score(db, "key = ?", key)
             self._damaged = 0
 
-        gone = self.path is not None and not self.path.parent.is_dir()  # nor is it made again for this
+        gone = self.path is not None and not os.path.isdir(self.path.parent)  # nor is it made again for this
         if not gone and (uses or misses or self._damaged or self._pending):
             self.write(work, patience)
 
