@@ -1,8 +1,7 @@
 """Blobs within a budget and quotas, and what is known of them: uses, pins, time to live, totals.
 
 Nothing in a catalogue is precious: it is built anew from the headers of the blobs whenever it is missing or damaged.
-Uses are gathered in memory and written a little later, so that answering never waits for it.
-"""
+Uses are gathered in memory and written a little later, so that answering never waits for it."""
 
 from __future__ import annotations
 
