@@ -90,7 +90,8 @@ class Bench:
 
         self.number += 1
         parameters = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
-        return str(self.core.add_request(f"{self.number}", {"prompt_token_ids": prompt}, parameters))
+        self.core.add_request(f"{self.number}", {"prompt_token_ids": prompt}, parameters)
+        return f"{self.number}"  # as its outputs are called
 
     def first(self, prompt: list[int]) -> tuple[float, dict[str, Any]]:
         """Seconds to the first token of one request, and its receipt."""
