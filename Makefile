@@ -17,7 +17,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.demo
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,serve,object,redis,ray,sign,files,langchain,llama_index]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,train,plot,data,llmlingua,gguf,serve,object,redis,ray,sign,files,langchain,llama-index]'
 	touch $@
 
 demo: $(VENV)/.demo

@@ -30,7 +30,7 @@ try:
     from llama_index.core.response_synthesizers import BaseSynthesizer
     from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 except ImportError as error:
-    raise MissingExtra("llama-index-core", "llama_index") from error
+    raise MissingExtra("llama-index-core", "llama-index") from error
 
 
 class Kvilt(CustomLLM):
