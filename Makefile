@@ -75,6 +75,8 @@ bench: $(VENV)/.ready
 		--strategy epic:tokens=16 --strategy cacheblend:ratio=0.15 --strategy prophetkv:ratio=0.2
 	$(BIN)/kvilt bench compression --dtype bfloat16 --out benchmarks --shape llama-30m --compress int8 --compress int4 --compress fp8 \
 		--compress keydiff:keep=0.75 --compress keydiff:keep=0.5 --compress keydiff:keep=0.25 --compress keydiff:keep=0.5+int8
+	$(BIN)/kvilt bench ttft --model smollm2 --documents 10 --memory --repeats 7 --out benchmarks/smollm2 --keep build/smollm2 \
+		--strategy block:sink=system --strategy kv_packet:wrapper=WRAPPER --strategy epic:tokens=16
 	$(BIN)/kvilt bench decode --dtype float32 --out benchmarks
 	$(BIN)/kvilt bench encode --dtype float32 --out benchmarks
 	$(BIN)/kvilt bench memory --out benchmarks

@@ -90,6 +90,7 @@ def memory(result: dict[str, Any]) -> str:
 
 LONG = {
     "ttft": table,
+    "smollm2/ttft": table,
     "floor/ttft": table,
     "methods/ttft": table,
     "recompute/ttft": table,
