@@ -182,6 +182,6 @@ def test_the_page_of_the_documentation_runs(server: Server) -> None:
     page = (ROOT / "docs" / "serve.md").read_text()
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     shown: list[Any] = []
-    code = code.replace("http://127.0.0.1:8000", server.url).replace("smollm2", "tiny")
+    code = code.replace("http://127.0.0.1:8000", server.url).replace('"builtin"', '"tiny"')
     exec(compile(code, "serve.md", "exec"), {"print": lambda *given: shown.append(given)})
     assert shown[0][1] > 0

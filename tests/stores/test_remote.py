@@ -288,6 +288,32 @@ def test_redis_keeps_parts_for_a_while(redis: str, opened: Callable[[Store], Sto
     client.close()
 
 
+@pytest.mark.parametrize("reply", [[b"a"], 7, None, True])
+def test_redis_replies_of_another_type(reply: object, redis: str, opened: Callable[[Store], Store]) -> None:
+    """Danger: a byte that changed on the way makes the reply a list or a number, and the program ends with a TypeError."""
+    store = opened(RedisStore(redis, prefix="types"))
+    store.put(make_cache(1, rows=ROWS))
+    blobs = store.last.blobs
+    client, blobs._client = blobs._client, Replies(blobs._client, reply)
+    with pytest.raises((StoreUnavailable, EOFError)):
+        blobs.fetch(Part(blobs.get_many([digest(1)])[0], HEAD, HEAD + 1))
+    blobs._client = client
+    soon(lambda: same(store.get(make_key(1)), make_cache(1, rows=ROWS)))
+
+
+class Replies:
+    """A client whose reply to a read of a part is another one."""
+
+    def __init__(self, client: object, reply: object) -> None:
+        self._client, self._reply = client, reply
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._client, name)
+
+    def hget(self, *_: str) -> object:
+        return self._reply
+
+
 class Dies:
     """A client whose process is killed before a document gets its name."""
 

@@ -40,11 +40,11 @@ class RedisBlobs(RemoteBlobs):
             return [None if head is None else Opened(int(size), made, memoryview(head)) for size, made, head in found]
 
     def fetch(self, part: Part) -> memoryview:
-        with self._asked("cannot read"):
+        with self._asked("cannot read"):  # an answer that changed on the way may be a list, or a number
             data = self._client.hget(self._name(part.blob.key), str(part.start))
-        if data is None:
-            raise EOFError("a part is missing")
-        return memoryview(data)
+            if data is None:
+                raise EOFError("a part is missing")
+            return memoryview(data)
 
     def put(self, key: str, data: Sequence[memoryview]) -> bool:
         """Under a name of its own first, so that a document is there completely or not at all."""
