@@ -256,12 +256,13 @@ class Rotation:
             for some, into in zip(torch.split(keys, size), torch.split(out, size), strict=True):
                 self.rotate(some[0] if size == 1 else some, angles, into[0] if size == 1 else into, back=back)
             return out
-        cos, sin = angles[0], -angles[1] if back else angles[1]
-        a, b = (part.float() for part in self._pairs(keys))  # views where keys are float32 already
-        rotated = a * cos - b * sin, b * cos + a * sin  # both before either is written: `out` may be `keys`
-        for part, new in zip(self._pairs(out), rotated, strict=True):
-            part.copy_(new)
-        rest = 2 * len(self.inv_freq)
+        cos, sin, rest = angles[0], -angles[1] if back else angles[1], 2 * len(self.inv_freq)
+        work = keys[..., :rest].to(torch.float32, copy=True)  # (..., rows, rotary_dim)
+        a, b = self._pairs(work)
+        turned = (a * cos).addcmul_(b, sin, value=-1)  # in place: fresh memory is slow
+        b.mul_(cos).addcmul_(a, sin)
+        a.copy_(turned)
+        out[..., :rest] = work
         if out is not keys and rest < keys.shape[-1]:
             out[..., rest:] = keys[..., rest:]
         return out

@@ -25,7 +25,7 @@ from kvilt.rows.rows import Angles, PartRows, Rotation
 from kvilt.stores.store import Store
 from kvilt.types import CacheKey, Rows
 
-GROUP_BYTES = 16 << 20  # rows that are read, rotated and written at a time
+GROUP_BYTES = 16 << 20
 LAYER = re.compile(r"\.(\d+)\.")
 
 logger = logging.getLogger("kvilt")
