@@ -255,7 +255,7 @@ class Engine:
         head = self._system if headed else replace(self._system, ids=NOTHING)
         if self.strategy.encoding is None:
             return Fetched(head.bare, [i.bare for i in items], items, 0)
-        if self._system.key.model != self.model.digest:  # weights or adapters were changed since
+        if self._system.key.model != (items[0].key.model if items else self.model.digest):  # weights were changed since
             key = self.model.key(self._system.ids, Encoding(), namespace=self.namespace)
             self._system = replace(self._system, key=key)
         stored = [i for i in items if i.document.store]

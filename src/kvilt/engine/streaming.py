@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvilt.engine.text import Written
+from kvilt.model.threads import release_cores
 from kvilt.types import Answer
 
 CLOSE_SECONDS = 5.0  # how long closing waits for the token that is being computed
@@ -54,6 +55,7 @@ def stream(answer: Callable[[Pieces], Answer], tokenizer: Any) -> Iterator[str |
             items.put(error)
 
     worker = threading.Thread(target=work, name="kvilt-stream", daemon=True)
+    release_cores()
     worker.start()
     try:
         while not isinstance(item := items.get(), Answer):

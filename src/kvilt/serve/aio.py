@@ -56,7 +56,11 @@ class AsyncEngine:
     @classmethod
     async def load(cls, *given: Any, **options: Any) -> AsyncEngine:
         """As `Engine.load`."""
-        return cls(await asyncio.to_thread(Engine.load, *given, **options))
+
+        def made() -> AsyncEngine:
+            return cls(Engine.load(*given, **options))
+
+        return await asyncio.to_thread(made)
 
     async def answer(self, question: Any, documents: Any = (), **options: Any) -> Answer:
         """As `Engine.answer`. Raises QueueFull where too many wait."""

@@ -12,6 +12,7 @@ from typing import Any
 from kvilt.engine.streaming import Cancelled
 from kvilt.errors import KviltError
 from kvilt.model.attention import using
+from kvilt.model.threads import release_cores
 
 log = logging.getLogger("kvilt")
 
@@ -77,6 +78,7 @@ class Worker:
         self.current: Job | None = None
         self._ready, self._closing, self._abandon = threading.Condition(), False, False
         self._thread = threading.Thread(target=self._loop, name="kvilt-worker", daemon=True)
+        release_cores()  # of the thread that has loaded the model
         self._thread.start()
 
     @property
