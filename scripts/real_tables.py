@@ -81,6 +81,18 @@ def training(made: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def methods(made: dict[str, Any]) -> str:
+    """Every strategy as Kvilt itself runs it."""
+    head = ["strategy", "right", "- full, points", "kept, %", "same answer, %", "KL", "charged", "computed", "MB", "questions"]
+    lines = []
+    for c in made.get("methods", []):
+        close = ["", "", "", ""] if c["strategy"] == "full" else [span(c["difference"], "+"), f"{c['kept']:.0f}"]
+        close += [] if c["strategy"] == "full" else [f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}"]
+        costs = [f"{c['charged']:.3f}", f"{c['computed']:.0f}", f"{c['bytes'] / 1e6:.1f}", str(c["n"])]
+        lines.append([f"`{c['strategy']}`", span(c["right"]), *close, *costs])
+    return table(head, lines)
+
+
 def main() -> None:
     """Fill the marked parts of both pages."""
     made = json.loads((ROOT / "benchmarks" / "real.json").read_text())
@@ -93,6 +105,7 @@ def main() -> None:
         "real-duels": duels(made),
         "real-untrained": untrained(made),
         "real-training": training(made),
+        "real-methods": methods(made),
     }
     for page in (ROOT / "README.md", ROOT / "benchmarks" / "real.md"):
         old = page.read_text()

@@ -44,16 +44,22 @@ def read_documents(
     `others` reads files of further kinds (`kvilt.corpora.readers` has PDF, DOCX, HTML and code).
     Raises DocumentError for what cannot be read, naming the file and the line or byte; with `on_bad`, that hears of it
     instead and the other documents are read."""
+    documents = sound((item for path in paths for item in _read(path, on_skip, others)), on_bad)
+    if paths and not documents and on_bad is None:
+        raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join((*SUFFIXES, *others))} files.")
+    return documents
+
+
+def sound(found: Found, on_bad: Callable[[DocumentError], None] | None) -> list[Document]:
+    """The documents that could be read; `on_bad` hears of the others, or the first of them is raised."""
     documents = []
-    for item in (item for path in paths for item in _read(path, on_skip, others)):
+    for item in found:
         if isinstance(item, Document):
             documents.append(item)
         elif on_bad is None:
             raise item
         else:
             on_bad(item)
-    if paths and not documents and on_bad is None:
-        raise DocumentError(f"no documents in {', '.join(paths)}: Kvilt reads {', '.join((*SUFFIXES, *others))} files.")
     return documents
 
 

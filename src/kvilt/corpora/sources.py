@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvilt.corpora import readers
-from kvilt.corpora.files import SUFFIXES, files_in
+from kvilt.corpora.files import SUFFIXES, files_in, sound
 from kvilt.engine.documents import document_of
 from kvilt.errors import DocumentError, MissingExtra, UserError
 from kvilt.rows.files import json_object, name_of
@@ -54,16 +54,8 @@ def read_all(
     """Every document of paths of all kinds; as `readers.read` does it where that will do. Raises DocumentError."""
     if not is_needed(paths):
         return readers.read(paths, on_skip, on_bad)
-    documents = []
-    for part in split(paths, columns, on_skip):
-        for one in read(part) if isinstance(part, Part) else [part]:
-            if isinstance(one, Document):
-                documents.append(one)
-            elif on_bad is None:
-                raise one
-            else:
-                on_bad(one)
-    return documents
+    parts = split(paths, columns, on_skip)
+    return sound((one for part in parts for one in (read(part) if isinstance(part, Part) else [part])), on_bad)
 
 
 def split(

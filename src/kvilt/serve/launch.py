@@ -75,7 +75,8 @@ def _server(model: str, load: Callable[[], Engine], settings: Settings, tenants:
     from kvilt.serve.routes import Routes
     from kvilt.serve.worker import Worker
 
-    keep, settings = parse_size(settings.keep, "--keep") or 0, replace(settings, name=settings.name or Path(model).name)
+    keep = 0 if settings.keep == "0" else parse_size(settings.keep, "--keep") or 0
+    settings = replace(settings, name=settings.name or Path(model).name)
     engine = load()
     tenants.namespace = engine.namespace
     worker = Worker(settings.queue)
