@@ -83,7 +83,18 @@ def training(made: dict[str, Any]) -> str:
 
 def methods(made: dict[str, Any]) -> str:
     """Every strategy as Kvilt itself runs it."""
-    head = ["strategy", "right", "- full, points", "kept, %", "same answer, %", "KL", "charged", "computed", "MB", "questions"]
+    head = [
+        "strategy",
+        "right",
+        "- full, points",
+        "kept, %",
+        "same answer, %",
+        "KL",
+        "charged",
+        "computed",
+        "MB",
+        "questions",
+    ]
     lines = []
     for c in made.get("methods", []):
         close = ["", "", "", ""] if c["strategy"] == "full" else [span(c["difference"], "+"), f"{c['kept']:.0f}"]

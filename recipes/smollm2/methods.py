@@ -1,5 +1,6 @@
-"""Figures of `kvilt evaluate run` for benchmarks/real.json: python recipes/smollm2/methods.py FOLDER...; then python scripts/real_tables.py.
+"""Figures of `kvilt evaluate run` for benchmarks/real.json.
 
+Run: python recipes/smollm2/methods.py FOLDER...; then python scripts/real_tables.py.
 Each FOLDER is what `--out` named; its own name is the name of the set of questions. Of every strategy: right answers, the paired
 difference to full recompute, what was kept, fidelity, what it costs. Times are left out: other work may have run beside."""
 

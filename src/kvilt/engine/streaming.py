@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvilt.engine.text import Written
-from kvilt.model.threads import release_cores
+from kvilt.model.cores import release_cores
 from kvilt.types import Answer
 
 CLOSE_SECONDS = 5.0  # how long closing waits for the token that is being computed

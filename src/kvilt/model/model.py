@@ -14,6 +14,7 @@ from transformers import Cache
 from kvilt.errors import ModelError
 from kvilt.model import attention, fit
 from kvilt.model.adapters import acting
+from kvilt.model.cores import passing
 from kvilt.model.identity import Identity
 from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
@@ -235,8 +236,9 @@ class Model:
 
     def _logits(self, embeds: Tensor, positions: Tensor, **more: Any) -> Tensor:
         """Logits of one pass over embeddings (tokens, hidden) at positions (tokens,), (tokens, vocab)."""
-        out = self.hf(inputs_embeds=embeds[None], position_ids=positions[None].to(self.shape.device), **more)
-        return torch.as_tensor(out.logits[0])
+        positions = positions[None].to(self.shape.device)
+        with passing(len(embeds), self.shape.dtype, self.shape.device):
+            return torch.as_tensor(self.hf(inputs_embeds=embeds[None], position_ids=positions, **more).logits[0])
 
     def _acting(self, *adapters: tuple[Adapter | None, Tensor | None]) -> AbstractContextManager[None]:
         """Lets adapters act in the passes made inside, each on its tokens; nothing happens where there are none."""

@@ -27,5 +27,7 @@ class Settings:
     grace: float = _option(30.0, "--grace", "Seconds for what runs when the server is told to end.", min=0)
     tokens: int = _option(512, "--max-tokens", "Longest answer of a request that names no limit.", min=1)
     body: str = _option("8MB", "--max-body", "Longest request.")
-    keep: str = _option("1GB", "--keep", "Memory for rows of the last prompts, from which the next may go on; 0 keeps none.")
+    keep: str = _option(
+        "1GB", "--keep", "Memory for rows of the last prompts, from which the next may go on; 0 keeps none."
+    )
     audit: Path | None = _option(None, "--audit", "File that gets one JSON line for every answer.")  # noqa: RUF009

@@ -12,7 +12,7 @@ from typing import Any
 from kvilt.engine.streaming import Cancelled
 from kvilt.errors import KviltError
 from kvilt.model.attention import using
-from kvilt.model.threads import release_cores
+from kvilt.model.cores import release_cores
 
 log = logging.getLogger("kvilt")
 
