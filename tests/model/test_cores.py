@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.backends import mkldnn
 
-from kvilt.model import cores
+from kvilt.model import decoding
 
 HELPERS = """
 import os, threading, time, torch
@@ -49,24 +49,24 @@ def test_helpers_end_where_another_thread_takes_over(work: str) -> None:
 
 def test_a_single_token_is_multiplied_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: the switch stays off after an error, or is turned while another pass needs it; prefill is many times slower then."""
-    monkeypatch.setattr(cores, "_is_plain_faster", lambda: True)
+    monkeypatch.setattr(decoding, "_is_plain_faster", lambda: True)
     cpu, half = torch.device("cpu"), torch.bfloat16
-    with cores.passing(1, half, cpu):
+    with decoding.passing(1, half, cpu):
         assert not mkldnn.enabled
-        with cores.passing(5, half, cpu):  # of another thread
+        with decoding.passing(5, half, cpu):  # of another thread
             assert not mkldnn.enabled
         assert not mkldnn.enabled
-    with contextlib.suppress(ZeroDivisionError), cores.passing(1, half, cpu):
+    with contextlib.suppress(ZeroDivisionError), decoding.passing(1, half, cpu):
         raise ZeroDivisionError
     assert mkldnn.enabled
-    with cores.passing(5, half, cpu), cores.passing(1, half, cpu):
+    with decoding.passing(5, half, cpu), decoding.passing(1, half, cpu):
         assert mkldnn.enabled
     for tokens, dtype, device in ((2, half, cpu), (1, torch.float32, cpu), (1, half, torch.device("meta"))):
-        with cores.passing(tokens, dtype, device):
+        with decoding.passing(tokens, dtype, device):
             assert mkldnn.enabled
 
 
 def test_which_way_is_faster_is_measured() -> None:
     """Danger: measuring leaves the switch off."""
-    assert isinstance(cores._is_plain_faster(), bool)
+    assert isinstance(decoding._is_plain_faster(), bool)
     assert mkldnn.enabled

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from kvilt.errors import PromptError, did_you_mean
 from kvilt.model.placing import Run
 
+mkldnn: Any = torch.backends.mkldnn
+TRIED = 4096, 2048  # a matrix that no core's own cache holds
 SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # from 0 to 1
 SAMPLING = ("temperature", "top_k", *SHARES)
 FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty", *SHARES)
@@ -145,3 +152,48 @@ def _pick(scores: Tensor, sample: bool, generator: torch.Generator | None) -> Te
     if not sample:
         return scores.argmax(-1, keepdim=True)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)
+
+
+_lock = threading.Lock()
+_running = 0  # passes of this process
+
+
+@contextlib.contextmanager
+def passing(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Wraps one pass of a model. On a CPU a single bfloat16 token is multiplied without oneDNN where that is faster.
+
+    oneDNN reads weights at half the memory's speed for it. The switch is the whole process's, so it is left alone while
+    another pass runs."""
+    global _running
+    plain = tokens == 1 and device.type == "cpu" and dtype == torch.bfloat16 and _is_plain_faster()
+    with _lock:
+        _running += 1
+        plain = plain and _running == 1 and mkldnn.enabled
+        if plain:
+            mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if plain:
+                mkldnn.enabled = True
+
+
+@functools.cache
+def _is_plain_faster() -> bool:
+    """Measured once: older versions of torch have no kernel of their own for it on some machines."""
+    weight, token, before = (
+        torch.ones(TRIED, dtype=torch.bfloat16),
+        torch.ones(1, TRIED[1], dtype=torch.bfloat16),
+        mkldnn.enabled,
+    )
+    seconds = dict[bool, float]()
+    with torch.no_grad(), _lock:
+        for enabled in (True, False) * 4:
+            mkldnn.enabled = enabled
+            began = time.perf_counter()
+            linear(token, weight)
+            seconds[enabled] = min(seconds.get(enabled, 1.0), time.perf_counter() - began)
+        mkldnn.enabled = before
+    return seconds[False] < 0.9 * seconds[True]

@@ -14,7 +14,7 @@ from transformers import Cache
 from kvilt.errors import ModelError
 from kvilt.model import attention, fit
 from kvilt.model.adapters import acting
-from kvilt.model.cores import passing
+from kvilt.model.decoding import passing
 from kvilt.model.identity import Identity
 from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
