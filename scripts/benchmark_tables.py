@@ -63,7 +63,7 @@ def decode(result: dict[str, Any]) -> str:
     """Decoding, one sentence."""
     return (
         f"At {result['context']:,} rows of context, medians of {result['tokens_per_s']['kvilt']['n']} paired runs of "
-        f"{result['tokens']} tokens: {rates(result)}."
+        f"{result['tokens']} tokens: {rates(result)}; APE {result['tokens_per_s']['ape']['median']:.1f} tokens/s."
     )
 
 
@@ -95,6 +95,7 @@ LONG = {
     "methods/ttft": table,
     "recompute/ttft": table,
     "decode": decode,
+    "smollm2/decode": decode,
     "encode": encode,
     "memory": memory,
 }

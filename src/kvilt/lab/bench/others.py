@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from kvilt.types import Document, DocumentCache, Encoding
 
 
 def decoding(subject: Subject, folder: Path, documents: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Tokens per second after reuse, and of transformers' `generate` with a DynamicCache of the same length."""
-    model, made = subject.model, setting(subject, ["block"], folder, documents)
-    plan = made.engines["block"].plan(made.question, made.documents)
-    prompt, exactly = torch.cat([s.tokens for s in plan.segments]), {"min_new_tokens": tokens}
+    """Tokens per second after reuse, and of transformers' `generate` with a DynamicCache of the same length.
 
-    def ours() -> float:
-        with model.run(plan, tokens) as run:
+    APE, whose attention has two parts at every step, is measured beside."""
+    model, made = subject.model, setting(subject, ["block", "ape"], folder, documents)
+    plans = {name: made.engines[name].plan(made.question, made.documents) for name in ("block", "ape")}
+    prompt, exactly = torch.cat([s.tokens for s in plans["block"].segments]), {"min_new_tokens": tokens}
+
+    def ours(name: str) -> float:
+        with model.run(plans[name], tokens) as run:
             return seconds(lambda: generate(run, prompt, tokens, Settings.of(model.hf, exactly)))
 
     def plain() -> float:
@@ -44,12 +47,13 @@ def decoding(subject: Subject, folder: Path, documents: int, tokens: int, repeat
             return seconds(lambda: model.hf.generate(ids, **options))
 
     with closing(made.store):
-        return {"context": len(prompt), "tokens": tokens, **_rates(ours, plain, tokens - 1, repeats)}
+        works = {"kvilt": partial(ours, "block"), "transformers": plain, "ape": partial(ours, "ape")}
+        return {"context": len(prompt), "tokens": tokens, **_rates(works, tokens - 1, repeats)}
 
 
-def _rates(ours: Callable[[], float], plain: Callable[[], float], tokens: int, repeats: int) -> dict[str, Any]:
-    """Tokens per second of both, taking turns; the first round warms up."""
-    times = take_turns({"kvilt": ours, "transformers": plain}, repeats + 1)
+def _rates(works: dict[str, Callable[[], float]], tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second of all, taking turns; the first round warms up."""
+    times = take_turns(works, repeats + 1)
     rates = {name: summary([tokens / s for s in values[1:]]) for name, values in times.items()}
     return {"tokens_per_s": rates, "ratio": rates["kvilt"]["median"] / rates["transformers"]["median"]}
 
@@ -82,7 +86,7 @@ def encoding(subject: Subject, batch: int, repeats: int) -> dict[str, Any]:
             return seconds(lambda: model.hf(stacked.to(model.shape.device), use_cache=True, logits_to_keep=1))
 
     ours = lambda: seconds(lambda: model.encode(list(stacked), Encoding()))  # noqa: E731
-    return {"batch": batch, **_rates(ours, plain, stacked.numel(), repeats)}
+    return {"batch": batch, **_rates({"kvilt": ours, "transformers": plain}, stacked.numel(), repeats)}
 
 
 MEMORY_SCRIPT = """
