@@ -62,9 +62,8 @@ vllm: .venv-vllm/.ready
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm tests/conformance -p no:cacheprovider
 
 bench: $(VENV)/.ready
-	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks --keep build/caches
-	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks/floor --keep build/caches --repeats 5 \
-		--strategy block --strategy kv_packet:wrapper=WRAPPER --strategy kvlink:links=5
+	$(BIN)/kvilt bench ttft --dtype bfloat16 --out benchmarks/bfloat16 --keep build/caches
+	$(BIN)/kvilt bench ttft --dtype float32 --documents 2,10 --out benchmarks --keep build/caches
 	$(BIN)/kvilt bench ttft --dtype float32 --out benchmarks/methods --keep build/caches --documents 10 --strategy full --strategy block \
 		--strategy kv_packet:wrapper=WRAPPER --strategy linked_packet:wrapper=WRAPPER,layout=tail --strategy kvlink:links=5 \
 		--strategy anchors:chunk=100,anchors=25,links=5 --strategy turborag --strategy prompt_cache:slot=512 --strategy ape \
@@ -77,8 +76,10 @@ bench: $(VENV)/.ready
 		--compress keydiff:keep=0.75 --compress keydiff:keep=0.5 --compress keydiff:keep=0.25 --compress keydiff:keep=0.5+int8
 	$(BIN)/kvilt bench ttft --model smollm2 --documents 10 --memory --repeats 7 --out benchmarks/smollm2 --keep build/smollm2 \
 		--strategy block:sink=system --strategy kv_packet:wrapper=WRAPPER --strategy epic:tokens=16
-	$(BIN)/kvilt bench decode --dtype float32 --out benchmarks
-	$(BIN)/kvilt bench encode --dtype float32 --out benchmarks
+	$(BIN)/kvilt bench decode --model smollm2 --documents 4 --tokens 64 --out benchmarks/smollm2
+	for dtype in float32 bfloat16; do out=benchmarks/$${dtype#float32}; \
+		$(BIN)/kvilt bench decode --dtype $$dtype --repeats 3 --out $$out; \
+		$(BIN)/kvilt bench encode --dtype $$dtype --batch 2 --repeats 3 --out $$out; done
 	$(BIN)/kvilt bench memory --out benchmarks
 	$(BIN)/python scripts/bench_million.py --most 1000000
 	$(BIN)/python scripts/bench_stores.py

@@ -91,12 +91,14 @@ def memory(result: dict[str, Any]) -> str:
 LONG = {
     "ttft": table,
     "smollm2/ttft": table,
-    "floor/ttft": table,
+    "bfloat16/ttft": table,
     "methods/ttft": table,
     "recompute/ttft": table,
     "decode": decode,
     "smollm2/decode": decode,
+    "bfloat16/decode": decode,
     "encode": encode,
+    "bfloat16/encode": encode,
     "memory": memory,
 }
 

@@ -46,6 +46,7 @@ class Model:
         self.identity = identity or Identity(hf)
         self._named: tuple[object, str] = (None, "")
         self._samples: tuple[object, list[list[Tensor]]] = (None, [])
+        self._tree, self._inside = list[nn.Module](), [0]
         self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
         self.directory = str(getattr(hf, "name_or_path", "")) or None  # of files that strategies look for
@@ -64,7 +65,7 @@ class Model:
     @torch.no_grad()
     def _marks(self) -> tuple[object, ...]:
         """What shows that weights or adapters were changed: where tensors lie, how often they were written, some numbers."""
-        tensors = [t for t in (*self.hf.parameters(), *self.hf.buffers()) if type(t) in (Tensor, nn.Parameter)]
+        tensors = self._tensors()
         where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if where != self._samples[0]:
             steps = [(t, max(1, t.numel() // SAMPLE)) for t in tensors if t.numel() and t.is_contiguous()]
@@ -75,6 +76,15 @@ class Model:
         modules = self.hf.modules() if getattr(self.hf, "peft_config", None) else ()
         states = [[getattr(m, what, None) for what in TUNED] for m in modules if hasattr(type(m), "merged_adapters")]
         return str(states), where, numbers
+
+    def _tensors(self) -> list[Tensor]:
+        """Every parameter and buffer; modules are looked for again where one was added or replaced, which takes milliseconds."""
+        inside = lambda: [id(child) for module in self._tree for child in module._modules.values()]  # noqa: E731
+        if inside() != self._inside:
+            self._tree = [*self.hf.modules()]
+            self._inside = inside()
+        held = (t for m in self._tree for t in (*m._parameters.values(), *m._buffers.values()))
+        return [t for t in held if type(t) in (Tensor, nn.Parameter)]
 
     @property
     def context_length(self) -> int:

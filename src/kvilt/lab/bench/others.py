@@ -47,7 +47,8 @@ def decoding(subject: Subject, folder: Path, documents: int, tokens: int, repeat
             return seconds(lambda: model.hf.generate(ids, **options))
 
     with closing(made.store):
-        works = {"kvilt": partial(ours, "block"), "transformers": plain, "ape": partial(ours, "ape")}
+        works: dict[str, Callable[[], float]] = {"kvilt": partial(ours, "block"), "transformers": plain}
+        works["ape"] = partial(ours, "ape")
         return {"context": len(prompt), "tokens": tokens, **_rates(works, tokens - 1, repeats)}
 
 

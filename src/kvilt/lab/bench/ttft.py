@@ -66,7 +66,8 @@ def run(
             note(f"{count} documents of {DOCUMENT_TOKENS} tokens: measuring")
             rows = measure(made, repeats, full_once=count * DOCUMENT_TOKENS > LONG_CONTEXT)
             made.store.close()
-            points.append({"documents": count, "context": count * DOCUMENT_TOKENS, "rows": rows})
+            tokens = sum(len(subject.text.document_ids(document)) for document in made.documents)
+            points.append({"documents": count, "context": tokens, "rows": rows})
     made_with = {"dtype": str(s.dtype).removeprefix("torch."), "device": str(s.device), "repeats": repeats}
     return {"shape": subject.name, **made_with, "compress": compress, "points": points}
 
