@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvilt.errors import ModelError
-from kvilt.plan import ContextScaling, Dense
+from kvilt.plan import Dense
 
 NAME = "kvilt"
 # (layer, query, key, value, mask, scale) of one attention call, before it is made; what it returns takes the place of
@@ -24,7 +24,6 @@ Hook = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tens
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
 BLOCK = 256  # computed tokens attended at a time on a CPU, where a mask would not spare work
 GAP = 128  # rows between two computed tokens from which on each has a block of its own
-SCORES = 1 << 24  # float32 attention scores held at a time where a plan scales its context
 UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
 
@@ -61,7 +60,7 @@ def ordinary(
     mask: Any = attention_mask
     causal = mask is None and computed == rows
     if computed == 1 and mask is None and query.device.type == "cpu" and not torch.is_grad_enabled():
-        return _flash(query, key, value, None, scaling)[0]  # several times faster than the same through `enable_gqa`
+        return flash(query, key, value, None, scaling)[0]  # several times faster than the same through `enable_gqa`
     if mask is None and 1 < computed < rows:
         mask = causal_lower_right(computed, rows)
     return scaled_dot_product_attention(
@@ -76,7 +75,7 @@ def ordinary(
     )
 
 
-def _flash(
+def flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention on a CPU, (batch, heads, computed, head_dim), and the log-sum-exp of its scores, (batch, heads, computed).
@@ -150,11 +149,11 @@ class Blocks:
     def _attend(self, block: Block, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         common, end = block.common, block.common + block.own.shape[1]
         if common == end:  # one token, or tokens at one position
-            return _flash(query, key[:, :, :end], value[:, :, :end], None, scaling)[0]
-        own, sums = _flash(query, key[:, :, common:end], value[:, :, common:end], block.own, scaling)
+            return flash(query, key[:, :, :end], value[:, :, :end], None, scaling)[0]
+        own, sums = flash(query, key[:, :, common:end], value[:, :, common:end], block.own, scaling)
         if not common:
             return own
-        shared, more = _flash(query, key[:, :, :common], value[:, :, :common], None, scaling)
+        shared, more = flash(query, key[:, :, :common], value[:, :, :common], None, scaling)
         return torch.lerp(own.float(), shared.float(), torch.sigmoid(more - sums)[..., None]).to(query.dtype)
 
 
@@ -203,59 +202,10 @@ def mixed(found: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     return (found @ value[0].float()[:, None]).flatten(0, 1)[None].to(dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class TwoPart:
-    """A hook: attention over context rows and over all others, each by itself, merged by their log-sum-exps in float32."""
-
-    scaling: ContextScaling
-    context: Tensor  # bool, at least as many as there are rows
-
-    def __call__(
-        self, _: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-    ) -> Tensor:
-        allowed, inside = seen(mask, query, key), self.context[: key.shape[2]]
-        scale, t = query.shape[-1] ** -0.5 if scaling is None else scaling, self.scaling.temperature
-        (a, sums), (b, others) = (
-            _part(query, key, value, allowed, rows.nonzero()[:, 0], by)
-            for rows, by in ((inside, scale / t), (~inside, scale))
-        )
-        shares = torch.stack([self.scaling.scale * t * sums, others]).softmax(0)[..., None]
-        return (shares[0] * a.float() + shares[1] * b.float()).to(query.dtype)
-
-
-def _part(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, rows: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over some rows (ascending) alone, and its log-sum-exps: the lowest number where a token sees none of them."""
-    lowest = torch.finfo(torch.float32).min
-    if not len(rows):
-        return torch.zeros_like(query), query.new_full(query.shape[:-1], lowest, dtype=torch.float32)
-    first, end = int(rows[0]), int(rows[-1]) + 1
-    at = slice(first, end) if end - first == len(rows) else rows
-    some = allowed[:, at]
-    nothing = ~some.any(1)
-    added = query.new_zeros(some.shape).masked_fill_(~some & ~nothing[:, None], -torch.inf)
-    out, sums = _summed(query, key[:, :, at], value[:, :, at], added, scaling)
-    return out, sums.masked_fill(nothing, lowest)
-
-
-def _summed(query: Tensor, key: Tensor, value: Tensor, added: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """`_flash` on any device, with `added` (computed, rows); of few tokens at a time where all scores are held."""
-    group = query.shape[1] // key.shape[1]
-    if query.device.type == "cpu":
-        return _flash(query, key, value, added.repeat(group, 1), scaling)
-    size, found = max(1, SCORES // (query.shape[1] * key.shape[2])), []
-    for q, mask in zip(torch.split(query, size, 2), torch.split(added, size), strict=True):
-        scored = scores(q, key, scaling) + mask
-        sums = scored.logsumexp(-1)
-        found.append((mixed((scored - sums[..., None]).exp(), value, query.dtype), sums.flatten(0, 1)[None]))
-    return torch.cat([out for out, _ in found], 2), torch.cat([sums for _, sums in found], 2)
-
-
 def in_one(dense: Dense) -> Hook | None:
     """What a plan asks of attention, in another way, for the one pass that it is held to.
 
-    `TwoPart` as one softmax over adjusted scores; mixed rows from the encoded and the computed row beside each other."""
+    `twopart.TwoPart` as one softmax over adjusted scores; mixed rows from the encoded and the computed row beside each other."""
     if dense.twins is not None:
         return _mixing(dense, dense.twins)
     if dense.context is None or dense.scaling is None:

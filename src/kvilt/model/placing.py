@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvilt.model.attention import TwoPart
 from kvilt.model.loader import Loader, Staging
+from kvilt.model.twopart import TwoPart
 from kvilt.plan import Plan, Segment
 from kvilt.rows.rows import Rotation
 from kvilt.types import CacheKey, DocumentCache, Rows
