@@ -26,14 +26,7 @@ SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"
 SAMPLING = ("temperature", "top_k", *SHARES)
 FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty", *SHARES)
 SWITCHES = ("do_sample", "renormalize_logits", "remove_invalid_values")
-IDS = (
-    "eos_token_id",
-    "pad_token_id",
-    "bos_token_id",
-    "forced_eos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-)
+IDS = (*(f"{n}_token_id" for n in ("eos", "pad", "bos", "forced_eos")), "suppress_tokens", "begin_suppress_tokens")
 REPEATS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
 LENGTHS = ("max_time", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings", "watermarking_config")
 SERVED = ("top_k", *REPEATS, *LENGTHS, *FLOATS, *SWITCHES, *IDS)  # others want another loop or several rows per prompt
@@ -183,17 +176,12 @@ def passing(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[N
 @functools.cache
 def _is_plain_faster() -> bool:
     """Measured once: older versions of torch have no kernel of their own for it on some machines."""
-    weight, token, before = (
-        torch.ones(TRIED, dtype=torch.bfloat16),
-        torch.ones(1, TRIED[1], dtype=torch.bfloat16),
-        mkldnn.enabled,
-    )
-    seconds = dict[bool, float]()
+    matrix, token, before = torch.ones(TRIED).bfloat16(), torch.ones(1, TRIED[1]).bfloat16(), mkldnn.enabled
+    seconds = {True: 1.0, False: 1.0}
     with torch.no_grad(), _lock:
-        for enabled in (True, False) * 4:
-            mkldnn.enabled = enabled
+        for mkldnn.enabled in (True, False) * 4:
             began = time.perf_counter()
-            linear(token, weight)
-            seconds[enabled] = min(seconds.get(enabled, 1.0), time.perf_counter() - began)
+            linear(token, matrix)
+            seconds[mkldnn.enabled] = min(seconds[mkldnn.enabled], time.perf_counter() - began)
         mkldnn.enabled = before
     return seconds[False] < 0.9 * seconds[True]

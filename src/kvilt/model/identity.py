@@ -150,16 +150,20 @@ class Identity:
         fields = config.to_diff_dict() if folder is None else config_of(folder)
         own = str(next(hf.parameters()).dtype).removeprefix("torch.")
         self.rope, self.dtype = of_rope(fields), own if folder is None else stored_dtype(fields)
-        self._base = (_look(_tensors(hf)), "" if folder is None else known or of_files(folder))
+        self._look = Look()
+        self._base = (self._own(), "" if folder is None else known or of_files(folder))
 
     @property
     def digest(self) -> str:
         """The digest of what runs now, 64 hex digits; `Model.digest` asks for it only when something has changed."""
-        adapters, base = _adapters(self.hf), _look(_tensors(self.hf))
+        adapters, base = _adapters(self.hf), self._own()
         if self._base[0] != base or not self._base[1]:
             self._base = (base, self._of_tensors(""))
         parts = [self._base[1], *(self._adapter(name, adapters) for name in sorted(adapters))]
         return digest_of(*parts) if adapters else parts[0]
+
+    def _own(self) -> object:
+        return self._look.at(tensor for _, tensor, owner in _tensors(self.hf) if not owner)
 
     def _adapter(self, name: str, layers: Mapping[str, object]) -> str:
         config: Any = getattr(self.hf, "peft_config", {})[name]
@@ -209,17 +213,23 @@ def _is_tuner(module: nn.Module) -> bool:
     return hasattr(type(module), "merged_adapters")  # peft's layers, without importing it
 
 
-@torch.no_grad()
-def _look(tensors: Iterable[tuple[str, Tensor, str]]) -> list[object]:
-    """What shows that a model's own tensors were changed: where they lie, how often they were written to, a few numbers."""
-    marks: list[object] = []
-    for _, t, owner in tensors:
-        if not owner:
-            plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.numel() > 0
-            some = t.flatten()[:: max(1, t.numel() // SAMPLE)] if plain else t.new_empty(0)
-            where, written = t.data_ptr() if plain else id(t), 0 if t.is_inference() else t._version
-            marks.append((where, t.shape, written, some.tolist()))
-    return marks
+class Look:
+    """What shows that tensors were changed: where they lie, how often they were written to, and some numbers of each."""
+
+    def __init__(self) -> None:
+        self._views: tuple[object, list[list[Tensor]]] = (None, [])
+
+    @torch.no_grad()
+    def at(self, tensors: Iterable[Tensor]) -> tuple[object, ...]:
+        """Compare it with what it was: about a millisecond for a model."""
+        plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
+        where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in plain]
+        if where != self._views[0]:
+            steps = [(t, max(1, t.numel() // SAMPLE)) for t in plain if t.numel() and t.is_contiguous()]
+            views = [t.as_strided((min(SAMPLE, t.numel()),), (step,)) for t, step in steps]
+            kinds = {(v.dtype, v.device) for v in views}
+            self._views = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
+        return where, [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._views[1]]
 
 
 def _shaping(config: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from kvilt.errors import ModelError
 from kvilt.model import attention, fit
 from kvilt.model.adapters import acting
 from kvilt.model.decoding import passing
-from kvilt.model.identity import Identity
+from kvilt.model.identity import Identity, Look
 from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
@@ -23,7 +23,6 @@ from kvilt.rows.rows import TensorRows
 from kvilt.types import Adapter, CacheKey, DocumentCache, Encoding, ModelInfo, cached, digest_of
 
 TUNED = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")  # of a layer with adapters of peft
-SAMPLE = 16  # numbers of each tensor that are compared at every request
 
 
 class Model:
@@ -45,7 +44,7 @@ class Model:
         self.pool = BufferPool(self.shape)
         self.identity = identity or Identity(hf)
         self._named: tuple[object, str] = (None, "")
-        self._samples: tuple[object, list[list[Tensor]]] = (None, [])
+        self._look = Look()
         self._tree, self._inside = list[nn.Module](), [0]
         self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
@@ -62,29 +61,18 @@ class Model:
             self._named = (marks, self.identity.digest)
         return self._named[1]
 
-    @torch.no_grad()
     def _marks(self) -> tuple[object, ...]:
-        """What shows that weights or adapters were changed: where tensors lie, how often they were written, some numbers."""
-        tensors = self._tensors()
-        where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if where != self._samples[0]:
-            steps = [(t, max(1, t.numel() // SAMPLE)) for t in tensors if t.numel() and t.is_contiguous()]
-            views = [t.as_strided((min(SAMPLE, t.numel()),), (step,)) for t, step in steps]
-            kinds = {(v.dtype, v.device) for v in views}
-            self._samples = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
-        numbers = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._samples[1]]
+        """What shows that weights or adapters were changed."""
         modules = self.hf.modules() if getattr(self.hf, "peft_config", None) else ()
         states = [[getattr(m, what, None) for what in TUNED] for m in modules if hasattr(type(m), "merged_adapters")]
-        return str(states), where, numbers
+        return str(states), *self._look.at(self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         """Every parameter and buffer; modules are looked for again where one was added or replaced, which takes milliseconds."""
-        inside = lambda: [id(child) for module in self._tree for child in module._modules.values()]  # noqa: E731
-        if inside() != self._inside:
+        if self._inside != [id(child) for module in self._tree for child in module._modules.values()]:
             self._tree = [*self.hf.modules()]
-            self._inside = inside()
-        held = (t for m in self._tree for t in (*m._parameters.values(), *m._buffers.values()))
-        return [t for t in held if type(t) in (Tensor, nn.Parameter)]
+            self._inside = [id(child) for module in self._tree for child in module._modules.values()]
+        return [t for m in self._tree for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
     @property
     def context_length(self) -> int:
@@ -135,9 +123,7 @@ class Model:
         """Input embeddings of ids; ids below zero name rows of `learned` (id -1: row 0). (..., hidden)."""
         table = self.hf.get_input_embeddings()
         if tokens.numel() and not tokens.is_cuda and int(tokens.max()) >= len(table.weight):
-            raise ModelError(
-                f"the tokenizer is another model's: id {int(tokens.max())} of {len(table.weight)} embeddings."
-            )
+            raise ModelError(f"the tokenizer is another model's: id {int(tokens.max())} of {len(table.weight)}.")
         tokens = tokens.to(self.shape.device)
         out: Tensor = table(tokens.clamp(min=0))
         if learned is None:

@@ -17,24 +17,23 @@ SCORES = 1 << 24  # float32 attention scores held at a time
 class Part:
     """Some of the rows, and what each computed token sees of them."""
 
-    rows: slice | Tensor | None  # None: there are none
-    hidden: Tensor | None  # added to the scores, (computed, rows): 0 or -inf; None where every token sees all
-    blind: Tensor | None  # tokens that see none of them, (computed,) bool; None where there are no such tokens
+    rows: slice | Tensor | None = None  # None: there are none
+    hidden: Tensor | None = None  # added to the scores, (computed, rows): 0 or -inf; None where every token sees all
+    blind: Tensor | None = None  # tokens that see none of them, (computed,) bool; None where there are no such tokens
 
     @classmethod
     def of(cls, allowed: Tensor, inside: Tensor, like: Tensor) -> Part:
         """From what each computed token sees, (computed, rows) bool, and which rows are inside, (rows,) bool."""
         rows = inside.nonzero()[:, 0]
         if not len(rows):
-            return cls(None, None, None)
+            return cls()
         first, end = int(rows[0]), int(rows[-1]) + 1
         at = slice(first, end) if end - first == len(rows) else rows
         some = allowed[:, at]
         if bool(some.all()):
-            return cls(at, None, None)
+            return cls(at)
         blind = ~some.any(1)
-        hidden = like.new_zeros(some.shape).masked_fill_(~some & ~blind[:, None], -torch.inf)
-        return cls(at, hidden, blind if bool(blind.any()) else None)
+        return cls(at, like.new_zeros(some.shape).masked_fill_(~some & ~blind[:, None], -torch.inf), blind)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention over these rows alone, and its log-sum-exps: the lowest number where a token sees none of them."""
@@ -61,12 +60,11 @@ class TwoPart:
     ) -> Tensor:
         computed, rows = query.shape[2], key.shape[2]
         if self._seen[0] is not mask or self._seen[1:] != (computed, rows):
-            allowed, inside = seen(mask, query, key), self.context[:rows]
-            self._seen = mask, computed, rows
+            allowed, inside, self._seen = seen(mask, query, key), self.context[:rows], (mask, computed, rows)
             self._parts = [Part.of(allowed, some, query) for some in (inside, ~inside)]
         scale, t = query.shape[-1] ** -0.5 if scaling is None else scaling, self.scaling.temperature
         (a, sums), (b, others) = (
-            part.attend(query, key, value, by) for part, by in zip(self._parts, (scale / t, scale), strict=True)
+            p.attend(query, key, value, by) for p, by in zip(self._parts, (scale / t, scale), strict=True)
         )
         shares = torch.stack([self.scaling.scale * t * sums, others]).softmax(0)[..., None]
         return (shares[0] * a.float() + shares[1] * b.float()).to(query.dtype)
@@ -85,8 +83,7 @@ def _pieced(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, sc
     size, found = max(1, SCORES // (query.shape[1] * key.shape[2])), []
     for first in range(0, query.shape[2], size):
         scored = scores(query[:, :, first : first + size], key, scaling)
-        if hidden is not None:
-            scored = scored + hidden[first : first + size]
+        scored = scored if hidden is None else scored + hidden[first : first + size]
         sums = scored.logsumexp(-1)
         found.append((mixed((scored - sums[..., None]).exp(), value, query.dtype), sums.flatten(0, 1)[None]))
     return torch.cat([out for out, _ in found], 2), torch.cat([sums for _, sums in found], 2)

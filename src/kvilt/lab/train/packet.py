@@ -27,11 +27,8 @@ from kvilt.strategies.linked_packet import LAYOUTS, LinkedPacket
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import digest_of
 
-WRAPPER, ADAPTER, TRAINING = (
-    "wrapper.safetensors",
-    "adapter.safetensors",
-    "training",
-)  # results; a folder that may go then
+WRAPPER, ADAPTER = "wrapper.safetensors", "adapter.safetensors"  # results
+TRAINING = "training"  # a folder that may go then
 ADAPTERS = {"writer": "encoded", "query": "asked"}  # which rows of a pass each kind of adapter acts on
 ADAPTER_LR = 1e-3
 VECTORS = ("header", "trailer", "links")
