@@ -80,6 +80,7 @@ bench: $(VENV)/.ready
 	for dtype in float32 bfloat16; do out=benchmarks/$${dtype#float32}; \
 		$(BIN)/kvilt bench decode --dtype $$dtype --repeats 3 --out $$out; \
 		$(BIN)/kvilt bench encode --dtype $$dtype --batch 2 --repeats 3 --out $$out; done
+	$(BIN)/python scripts/bench_encode.py benchmarks/encode1000.json
 	$(BIN)/kvilt bench memory --out benchmarks
 	$(BIN)/python scripts/bench_million.py --most 1000000
 	$(BIN)/python scripts/bench_stores.py
