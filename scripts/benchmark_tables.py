@@ -77,9 +77,9 @@ def corpus(result: dict[str, Any]) -> str:
     """Encoding many documents, one sentence."""
     tenths = result["tenths_tokens_per_s"]
     return (
-        f"{result['documents']:,} documents of 500 tokens, writing included ({result['shape']}, {result['dtype']}): {min(tenths):,.0f} to "
-        f"{max(tenths):,.0f} tokens/s from tenth to tenth, {result['of_prefill']:.2f} of plain batched prefill; the last tenth is "
-        f"{result['last_of_first']:.2f} times as fast as the first."
+        f"{result['documents']:,} documents of 500 tokens, writing included ({result['shape']}, {result['dtype']}): "
+        f"{min(tenths):,.0f} to {max(tenths):,.0f} tokens/s from tenth to tenth, {result['of_prefill']:.2f} of plain batched "
+        f"prefill; the last tenth is {result['last_of_first']:.2f} times as fast as the first."
     )
 
 
