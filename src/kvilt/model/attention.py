@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ Hook = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float | None], Tens
 _hook: ContextVar[Hook | None] = ContextVar("hook", default=None)
 BLOCK = 256  # computed tokens attended at a time on a CPU, where a mask would not spare work
 GAP = 128  # rows between two computed tokens from which on each has a block of its own
+SAMPLE = 16  # numbers of each tensor that are compared at every request
 UNSERVED = ("softcap", "s_aux", "position_bias", "attention_bias")  # what some models add to their attention scores
 
 
@@ -244,3 +245,22 @@ def install(hf: nn.Module) -> None:
 def causal(positions: Tensor) -> Tensor:
     """The ordinary causal mask over positions, (rows, rows) bool."""
     return torch.as_tensor(positions[None] <= positions[:, None])
+
+
+class Look:
+    """What shows that tensors were changed: where they lie, how often they were written to, and some numbers of each."""
+
+    def __init__(self) -> None:
+        self._views: tuple[object, list[list[Tensor]]] = (None, [])
+
+    @torch.no_grad()
+    def at(self, tensors: Iterable[Tensor]) -> tuple[object, ...]:
+        """Compare it with what it was: about a millisecond for a model."""
+        plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
+        where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in plain]
+        if where != self._views[0]:
+            steps = [(t, max(1, t.numel() // SAMPLE)) for t in plain if t.numel() and t.is_contiguous()]
+            views = [t.as_strided((min(SAMPLE, t.numel()),), (step,)) for t, step in steps]
+            kinds = {(v.dtype, v.device) for v in views}
+            self._views = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
+        return where, [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._views[1]]

@@ -19,6 +19,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from kvilt.errors import ModelError
+from kvilt.model.attention import Look
 from kvilt.rows.files import replacing
 from kvilt.types import bytes_of, digest_of
 
@@ -32,7 +33,6 @@ WEIGHTS = [name for kind in KINDS for name in (kind, f"{kind}.index.json")]  # a
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "target_modules", "peft_version", "auto_mapping")
 SOURCE = "made-from.txt"  # in a folder that was made from a file: the file's digest
 READ, PAGE, PAGES = 4 << 20, 4096, 64  # bytes hashed at a time; what is looked at of a file to know it again
-SAMPLE = 16  # numbers of each tensor that are compared at every request
 
 
 def of_files(source: str | Path) -> str:
@@ -211,25 +211,6 @@ def _adapters(hf: nn.Module) -> dict[str, list[str]]:
 
 def _is_tuner(module: nn.Module) -> bool:
     return hasattr(type(module), "merged_adapters")  # peft's layers, without importing it
-
-
-class Look:
-    """What shows that tensors were changed: where they lie, how often they were written to, and some numbers of each."""
-
-    def __init__(self) -> None:
-        self._views: tuple[object, list[list[Tensor]]] = (None, [])
-
-    @torch.no_grad()
-    def at(self, tensors: Iterable[Tensor]) -> tuple[object, ...]:
-        """Compare it with what it was: about a millisecond for a model."""
-        plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter)]
-        where = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in plain]
-        if where != self._views[0]:
-            steps = [(t, max(1, t.numel() // SAMPLE)) for t in plain if t.numel() and t.is_contiguous()]
-            views = [t.as_strided((min(SAMPLE, t.numel()),), (step,)) for t, step in steps]
-            kinds = {(v.dtype, v.device) for v in views}
-            self._views = (where, [[v for v in views if (v.dtype, v.device) == kind] for kind in kinds])
-        return where, [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in self._views[1]]
 
 
 def _shaping(config: Mapping[str, Any]) -> str:

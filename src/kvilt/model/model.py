@@ -15,7 +15,7 @@ from kvilt.errors import ModelError
 from kvilt.model import attention, fit
 from kvilt.model.adapters import acting
 from kvilt.model.decoding import passing
-from kvilt.model.identity import Identity, Look
+from kvilt.model.identity import Identity
 from kvilt.model.placing import BufferPool, PlacedCache, Run, Shape
 from kvilt.model.rope import rotation_of
 from kvilt.plan import Dense, Plan, encoding_mask
@@ -44,7 +44,7 @@ class Model:
         self.pool = BufferPool(self.shape)
         self.identity = identity or Identity(hf)
         self._named: tuple[object, str] = (None, "")
-        self._look = Look()
+        self._look = attention.Look()
         self._tree, self._inside = list[nn.Module](), [0]
         self.stored: torch.dtype = getattr(torch, self.identity.dtype)  # of documents, whatever is computed in
         self.tokenizer_digest = tokenizer_digest
