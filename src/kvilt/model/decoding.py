@@ -147,8 +147,7 @@ def _pick(scores: Tensor, sample: bool, generator: torch.Generator | None) -> Te
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)
 
 
-_lock = threading.Lock()
-_running = 0  # passes of this process
+_lock, _running = threading.Lock(), 0  # passes of this process
 
 
 @contextlib.contextmanager
