@@ -21,7 +21,6 @@ from kvilt.errors import PromptError, did_you_mean
 from kvilt.model.placing import Run
 
 mkldnn: Any = torch.backends.mkldnn
-TRIED = 4096, 2048  # a matrix that no core's own cache holds
 SHARES = ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # from 0 to 1
 SAMPLING = ("temperature", "top_k", *SHARES)
 FLOATS = ("temperature", "repetition_penalty", "encoder_repetition_penalty", *SHARES)
@@ -175,12 +174,12 @@ def passing(tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[N
 @functools.cache
 def _is_plain_faster() -> bool:
     """Measured once: older versions of torch have no kernel of their own for it on some machines."""
-    matrix, token, before = torch.ones(TRIED).bfloat16(), torch.ones(1, TRIED[1]).bfloat16(), mkldnn.enabled
+    matrix, token, before = torch.ones(4096, 2048).bfloat16(), torch.ones(1, 2048).bfloat16(), mkldnn.enabled
     seconds = {True: 1.0, False: 1.0}
     with torch.no_grad(), _lock:
-        for mkldnn.enabled in (True, False) * 4:
-            began = time.perf_counter()
+        for enabled in (True, False) * 4:
+            mkldnn.enabled, began = enabled, time.perf_counter()
             linear(token, matrix)
-            seconds[mkldnn.enabled] = min(seconds[mkldnn.enabled], time.perf_counter() - began)
+            seconds[enabled] = min(seconds[enabled], time.perf_counter() - began)
         mkldnn.enabled = before
     return seconds[False] < 0.9 * seconds[True]
