@@ -1,40 +1,34 @@
-"""Figures of `kvilt evaluate run` for benchmarks/real.json.
+"""Figures of what real.py and links.py wrote, for benchmarks/real.json.
 
-Run: python recipes/smollm2/methods.py FOLDER...; then python scripts/real_tables.py.
-Each FOLDER is what `--out` named; its own name is the name of the set of questions. Of every strategy: right answers, the paired
-difference to full recompute, what was kept, fidelity, what it costs. Times are left out: other work may have run beside."""
+    python recipes/smollm2/methods.py OUT [--times FOLDER]; python scripts/real_tables.py
+
+Of every strategy on every set: right answers, the paired difference to full recompute and what was kept of it, fidelity, costs; and
+pairs of strategies. Times come from FOLDER, a short run of real.py with nothing else on the machine."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from kvilt.lab.evaluate.bootstrap import difference
-from kvilt.lab.evaluate.report import Rows, common, load, retention
+from kvilt.lab.evaluate.report import Rows, load, retention
 
-OUT = Path(__file__).parents[2] / "benchmarks" / "real.json"
-
-
-def cell(name: str, rows: Rows, full: Rows) -> dict[str, Any]:
-    """The figures of one strategy on one set, on the questions that full recompute has answered, too."""
-    both = common(rows, full)
-    assert both is not None, f"{name}: full recompute has answered none of the questions"
-    mine, theirs = both
-    gap = difference(mine.pairs(mine.headline), theirs.pairs(mine.headline), [r["group"] for r in mine.records])
-    means = {key: mine.mean(*path) for key, path in MEANS.items()}
-    return {
-        "set": name,
-        "strategy": mine.header["name"],
-        "n": len(mine.records),
-        "right": [round(v, 1) for v in mine.score()],
-        "difference": [round(100 * v, 1) for v in gap],
-        "kept": round(retention(mine, theirs) or 0.0, 1),
-        **{key: None if value is None else round(value, 4) for key, value in means.items()},
-    }
-
-
+RESULT = Path(__file__).parents[2] / "benchmarks" / "real.json"
+PAIRS = (
+    ("kvlink:links=5", "kvlink:links=1"),
+    ("kvlink:links=5", "kvlink:links=0"),
+    ("kvlink:links=1", "kvlink:links=0"),
+    ("writer", "linked_packet"),
+    ("writer", "kv_packet"),
+    ("linked_packet", "kv_packet"),
+    ("writer", "block:sink=system"),
+    ("prophetkv:ratio=0.2", "writer"),
+    ("block:sink=system", "naive"),
+    ("writer + int8", "writer"),
+    ("prophetkv:ratio=0.2 + int8", "prophetkv:ratio=0.2"),
+)
 MEANS = {
     "agree": ("agreement",),
     "kl": ("kl",),
@@ -44,18 +38,75 @@ MEANS = {
 }
 
 
-def main(folders: list[str]) -> None:
-    """Add the sets to real.json."""
-    made = json.loads(OUT.read_text())
-    fresh = []
-    for folder in folders:
-        (rows,) = load(folder).values()
-        full = next(r for r in rows if r.header["role"] == "full")
-        fresh += [cell(Path(folder).name, r, full) for r in rows]
-    names = {Path(folder).name for folder in folders}
-    made["methods"] = [c for c in made.get("methods", []) if c["set"] not in names] + fresh
-    OUT.write_text(json.dumps(made, indent=1) + "\n")
+def read(folder: Path) -> dict[str, Rows]:
+    """Every strategy of a set by its name, full recompute first; KVLink's own models write less of each question."""
+    (rows,) = load(folder).values()
+    found = {r.header["name"]: r for r in rows}
+    for file in sorted(folder.glob("*.json")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        found[file.stem] = Rows({**rows[0].header, "name": file.stem}, lines)
+    return found
+
+
+def both(a: Rows, b: Rows) -> tuple[Rows, Rows]:
+    """The records of questions that both answered, in one order."""
+    theirs = {r["id"]: r for r in b.records}
+    mine = [r for r in a.records if r["id"] in theirs]
+    return Rows(a.header, mine), Rows(b.header, [theirs[r["id"]] for r in mine])
+
+
+def gap(a: Rows, b: Rows) -> list[float]:
+    """The paired difference in points, with its interval over contexts."""
+    groups = [r["group"] for r in a.records]
+    return [round(100 * v, 1) for v in difference(a.pairs(a.headline), b.pairs(b.headline), groups)]
+
+
+def cell(name: str, rows: Rows, full: Rows) -> dict[str, Any]:
+    """The figures of one strategy on one set, on the questions that full recompute has answered, too."""
+    mine, theirs = both(rows, full)
+    told = {key: mine.mean(*path) for key, path in MEANS.items() if path[0] in mine.records[0]}
+    means = {key: round(value, 4) for key, value in told.items() if value is not None}
+    right = [round(v, 1) for v in mine.score()]
+    close = {"difference": gap(mine, theirs), "kept": round(retention(mine, theirs) or 0.0, 1)}
+    return {"set": name, "strategy": rows.header["name"], "n": len(mine.records), "right": right, **close, **means}
+
+
+def headline(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """Records with the set's leading metric alone, and groups of their own, so that sets can be put together."""
+    return [{**r, "group": f"{name} {r['group']}", "metrics": {"": r["metrics"][rows.headline]}} for r in rows.records]
+
+
+def pairs(sets: dict[str, dict[str, Rows]]) -> list[dict[str, Any]]:
+    """Two strategies on the questions of every set that has both."""
+    lines = []
+    for first, second in PAIRS:
+        a, b = Rows({"metrics": [""]}, []), Rows({"metrics": [""]}, [])
+        names = [name for name, rows in sets.items() if first in rows and second in rows]
+        for name in names:
+            for whole, part in zip((a, b), both(sets[name][first], sets[name][second]), strict=True):
+                whole.records.extend(headline(part, name))
+        if names:
+            about = {"first": first, "second": second, "sets": names, "n": len(a.records)}
+            lines.append({**about, "difference": gap(a, b)})
+    return lines
+
+
+def main() -> None:
+    """Write what the folder holds into real.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--times", type=Path)
+    given = parser.parse_args()
+    sets = {folder.name: read(folder) for folder in sorted(given.out.iterdir()) if any(folder.glob("*.jsonl"))}
+    made = json.loads(RESULT.read_text())
+    cells = [cell(name, rows, found["full"]) for name, found in sets.items() for rows in found.values()]
+    engine = {**made.get("engine", {}), "cells": cells, "pairs": pairs(sets)}
+    if given.times:
+        timed = {n: r.median("usage", "ttft_s") for n, r in read(given.times).items()}
+        engine["ttft_s"] = {name: round(seconds, 4) for name, seconds in timed.items() if seconds is not None}
+    made["engine"] = engine
+    RESULT.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -22,6 +22,7 @@ from kvilt.types import Adapter, digest_of
 
 ALPHA = 32.0  # lean.ALPHA
 HEADER = 8
+SLOTS = 40  # documents of a prompt that KVLink was trained for
 TEXT = "Nikola Tesla was born in 1856 in Smiljan.\n\nQuestion: In what year was Nikola Tesla born?\nAnswer:"
 
 
@@ -69,7 +70,8 @@ def kvlink(source: Path, to: Path) -> None:
     """KVLink's model: an adapter that acts everywhere, markers and link tokens with rows of their own."""
     trained = load_file(source)
     taught(source, to)
-    links, slots = trained["vectors.link"].float(), trained["vectors.slots"].float()
+    links = trained["vectors.link"].float()  # (links, width): none in KVLink-0
+    slots = trained.get("vectors.slots", links.new_zeros(SLOTS, *links.shape)).float()
     rows = (links[None] + slots).flatten(0, 1)
     save_file({"vectors": torch.cat([trained["vectors.fixed"].float(), rows]).half()}, str(to / "links.safetensors"))
     ids = tuple(tuple(-3 - slot * len(links) - k for k in range(len(links))) for slot in range(len(slots)))

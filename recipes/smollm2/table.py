@@ -136,7 +136,7 @@ def main() -> None:
     made["untrained"] = untrained(json.loads(Path(sys.argv[3]).read_text())) if len(sys.argv) > 3 else []
     told = json.loads(bytes(results["results.json"]))
     made["training"] = {key.removeprefix("train/"): note for key, note in told.items() if key.startswith("train/")}
-    made["methods"] = json.loads(OUT.read_text()).get("methods", []) if OUT.exists() else []  # methods.py writes them
+    made["engine"] = json.loads(OUT.read_text()).get("engine", {}) if OUT.exists() else {}  # methods.py writes it
     OUT.write_text(json.dumps(made, indent=1) + "\n")
     for model, strategies in KEPT.items():
         kept = {n: [c["kept"][0] for c in made["cells"] if c["strategy"] == of] for n, of in strategies.items()}

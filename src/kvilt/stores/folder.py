@@ -21,7 +21,8 @@ import resource
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kvilt.errors import StoreUnavailable
@@ -218,7 +219,7 @@ def _file(folder: int, name: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
-_held: set[int] = set()  # descriptors that blobs keep open: most of what this process may open, but not all of it
+_held: weakref.WeakSet[FileBlob] = weakref.WeakSet()  # files kept open: most of what this process may open, not all of it
 
 
 @functools.cache
@@ -232,6 +233,7 @@ class FileBlob:
     """A file that stays open while it is referred to: whoever opened it reads it to the end, also when it is evicted."""
 
     _fd: int | None = None
+    _release: Callable[[], object] = bool  # a finalizer: when Python ends, modules are gone before the last objects are
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -239,7 +241,8 @@ class FileBlob:
             self.size, self.identity = state.st_size, _identity(state)
             if len(_held) < resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4:
                 self._fd = os.dup(fd)
-                _held.add(self._fd)
+                self._release = weakref.finalize(self, os.close, self._fd)
+                _held.add(self)
             else:
                 too_many_open()
 
@@ -254,12 +257,9 @@ class FileBlob:
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            _held.discard(fd)
-            os.close(fd)
-
-    __del__ = close
+        self._fd = None
+        _held.discard(self)
+        self._release()
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[int, os.stat_result]]:
