@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,59 @@ SETS = {
     "chunked": "in pieces",
     "squad10": "SQuAD, 10",
 }
-SHORT = ("full", "writer + wrapper", "linked_packet", "kv_packet", "kvlink:links=5", "query_lora", "naive")
+ENGINE = {
+    "squad5": "SQuAD, 5",
+    "squad10": "SQuAD, 10",
+    "pieces": "in pieces",
+    "squadshifts": "SQuADShifts, 5",
+    "nq": "NQ, 10",
+    "hotpotqa": "HotpotQA, 5",
+    "2wiki": "2Wiki, 5",
+    "musique": "MuSiQue, 5",
+    "babi1": "bAbI 1",
+    "babi2": "bAbI 2",
+    "babi3": "bAbI 3",
+    "babi15": "bAbI 15",
+    "needle2000": "needle, 2,000",
+    "needle6000": "needle, 6,000",
+}
+SIDES = {"one": tuple(ENGINE)[:5], "several": tuple(ENGINE)[5:8], "made": tuple(ENGINE)[8:]}
+ORDER = (
+    "full",
+    "no documents",
+    "naive",
+    "block:sink=4",
+    "block:sink=system",
+    "prompt_cache",
+    "ape",
+    "epic:tokens=16",
+    "epic:tokens=16,sink=system",
+    "ranked:ratio=0.15",
+    "cacheblend:ratio=0.15",
+    "prophetkv:ratio=0.2",
+    "prophetkv:ratio=0.2 + int8",
+    "sam_kv",
+    "kv_packet",
+    "linked_packet",
+    "query_lora",
+    "writer",
+    "writer + int8",
+    "kvlink:links=0",
+    "kvlink:links=1",
+    "kvlink:links=5",
+)
+SHORT = (
+    "full",
+    "prophetkv:ratio=0.2",
+    "writer",
+    "kvlink:links=5",
+    "linked_packet",
+    "cacheblend:ratio=0.15",
+    "epic:tokens=16,sink=system",
+    "block:sink=system",
+    "naive",
+)
+SHOWN = "squad5", "pieces", "nq", "hotpotqa"
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -43,14 +96,17 @@ def per_set(made: dict[str, Any], key: str, sign: str = "") -> str:
 
 
 def short(made: dict[str, Any]) -> str:
-    """The README's table: right answers in per cent, and the mean that was kept of full recompute's."""
-    cells = {(c["strategy"], c["set"]): c for c in made["cells"]}
+    """The README's table: right answers in per cent on some sets, what is kept of full recompute's, what a query costs."""
+    cells = {(c["strategy"], c["set"]): c for c in made["engine"]["cells"]}
+    times = made["engine"].get("ttft_s", {})
     lines = []
     for name in SHORT:
-        row = [cells[name, s] for s in SETS]
-        kept = "" if name == "full" else f"{sum(c['kept'][0] for c in row) / len(row):.0f} %"
-        lines.append([f"`{name}`", *(f"{c['right'][0]:.1f}" for c in row), kept])
-    return table(["strategy", *SETS.values(), "kept"], lines)
+        row = [cells.get((name, one)) for one in SHOWN]
+        first = cells[name, SHOWN[0]]
+        kept = "" if name == "full" else f"{first['kept']:.0f} %"
+        spent = [f"{first['charged']:.3f}", f"{1000 * times[name]:.0f} ms" if name in times else ""]
+        lines.append([f"`{name}`", *(f"{c['right'][0]:.1f}" if c else "" for c in row), kept, *spent])
+    return table(["strategy", *(ENGINE[one] for one in SHOWN), "kept", "charged", "TTFT"], lines)
 
 
 def duels(made: dict[str, Any]) -> str:
@@ -81,27 +137,68 @@ def training(made: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-def methods(made: dict[str, Any]) -> str:
-    """Every strategy as Kvilt itself runs it."""
-    head = [
-        "strategy",
-        "right",
-        "- full, points",
-        "kept, %",
-        "same answer, %",
-        "KL",
-        "charged",
-        "computed",
-        "MB",
-        "questions",
-    ]
+def asked(made: dict[str, Any], names: tuple[str, ...], show: Callable[[dict[str, Any]], str]) -> str:
+    """What the engine answered: a row a strategy, a column a set with its number of questions."""
+    cells = {(c["strategy"], c["set"]): c for c in made["engine"]["cells"]}
+    names = tuple(name for name in names if ("full", name) in cells)
+    head = ["strategy", *(f"{ENGINE[name]} ({cells['full', name]['n']})" for name in names)]
     lines = []
-    for c in made.get("methods", []):
-        close = ["", "", "", ""] if c["strategy"] == "full" else [span(c["difference"], "+"), f"{c['kept']:.0f}"]
-        close += [] if c["strategy"] == "full" else [f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}"]
-        costs = [f"{c['charged']:.3f}", f"{c['computed']:.0f}", f"{c['bytes'] / 1e6:.1f}", str(c["n"])]
-        lines.append([f"`{c['strategy']}`", span(c["right"]), *close, *costs])
+    for strategy in ORDER:
+        row = [cells.get((strategy, name)) for name in names]
+        if any(row):
+            lines.append([f"`{strategy}`", *(show(c) if c and whole(c, cells) else "" for c in row)])
     return table(head, lines)
+
+
+def whole(c: dict[str, Any], cells: dict[tuple[str, str], dict[str, Any]]) -> bool:
+    """Whether a strategy was asked all questions of a set: a cell of fewer is not shown."""
+    return bool(c["n"] == cells["full", c["set"]]["n"])
+
+
+def right(c: dict[str, Any]) -> str:
+    """Right answers with half of the interval's width."""
+    value, low, high = c["right"]
+    return f"{value:.1f} ± {(high - low) / 2:.1f}"
+
+
+def lost(c: dict[str, Any]) -> str:
+    """The paired difference to full recompute, and what was kept."""
+    return "" if c["strategy"] == "full" else f"{span(c['difference'], '+')} {c['kept']:.0f} %"
+
+
+def costs(made: dict[str, Any]) -> str:
+    """Fidelity and costs of every strategy on one set."""
+    head = ["strategy", "same answer, %", "KL", "charged", "tokens computed", "MB read", "TTFT, ms"]
+    cells = {c["strategy"]: c for c in made["engine"]["cells"] if c["set"] == "squad5"}
+    times = made["engine"].get("ttft_s", {})
+    lines = []
+    for name in (n for n in ORDER if n in cells):
+        c = cells[name]
+        close = [f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}"] if "kl" in c and name != "full" else ["", ""]
+        spent = [f"{c['charged']:.3f}", f"{c['computed']:.0f}", f"{c['bytes'] / 1e6:.1f}"]
+        lines.append([f"`{name}`", *close, *spent, f"{1000 * times[name]:.0f}" if name in times else ""])
+    return table(head, lines)
+
+
+def beside(made: dict[str, Any]) -> str:
+    """Pairs of strategies on the same questions, as the engine ran them."""
+    lines = []
+    for d in made["engine"]["pairs"]:
+        names = ", ".join(ENGINE[name] for name in d["sets"] if name in ENGINE)
+        lines.append([f"`{d['first']}`", f"`{d['second']}`", str(d["n"]), span(d["difference"], "+"), names])
+    return table(["first", "second", "questions", "first - second, points", "sets"], lines)
+
+
+def stock(made: dict[str, Any]) -> str:
+    """Strategies without training on the model as published."""
+    lines = []
+    for c in sorted((c for c in made["engine"]["cells"] if c["set"] == "stock5"), key=lambda c: -c.get("agree", 0)):
+        gap = "" if c["strategy"] == "full" else span(c["difference"], "+")
+        close = [f"{c['kept']:.0f}", f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}", f"{c['charged']:.3f}"]
+        lines.append([f"`{c['strategy']}`", span(c["right"]), gap, *close, str(c["n"])])
+    return table(
+        ["strategy", "right", "- full, points", "kept, %", "same answer, %", "KL", "charged", "questions"], lines
+    )
 
 
 def main() -> None:
@@ -116,7 +213,11 @@ def main() -> None:
         "real-duels": duels(made),
         "real-untrained": untrained(made),
         "real-training": training(made),
-        "real-methods": methods(made),
+        **{f"real-asked-{n}": asked(made, SIDES[n], right) for n in SIDES},
+        **{f"real-lost-{n}": asked(made, SIDES[n], lost) for n in SIDES},
+        "real-costs": costs(made),
+        "real-beside": beside(made),
+        "real-stock": stock(made),
     }
     for page in (ROOT / "README.md", ROOT / "benchmarks" / "real.md"):
         old = page.read_text()

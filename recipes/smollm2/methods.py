@@ -15,7 +15,9 @@ from typing import Any
 from kvilt.lab.evaluate.bootstrap import difference
 from kvilt.lab.evaluate.report import Rows, load, retention
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "real.json"
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "real.json"
+KEPT = ROOT / "src/kvilt/builtin/smollm2-qa/kept.json"
 PAIRS = (
     ("kvlink:links=5", "kvlink:links=1"),
     ("kvlink:links=5", "kvlink:links=0"),
@@ -91,6 +93,16 @@ def pairs(sets: dict[str, dict[str, Rows]]) -> list[dict[str, Any]]:
     return lines
 
 
+def kept(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """What `kvilt list strategy smollm2-qa` says of each strategy: kept on SQuAD, with every option that was measured."""
+    found: dict[str, list[str]] = {}
+    for c in cells:
+        name, _, options = c["strategy"].partition(":")
+        if c["set"] == "squad5" and not {" ", "kvlink", "full"} & {*name, name}:
+            found.setdefault(name, []).append(f"{c['kept']:.0f} %" + (f" with {options}" if options else ""))
+    return {name: ", ".join(each) for name, each in found.items()}
+
+
 def main() -> None:
     """Write what the folder holds into real.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,6 +117,7 @@ def main() -> None:
         timed = {n: r.median("usage", "ttft_s") for n, r in read(given.times).items()}
         engine["ttft_s"] = {name: round(seconds, 4) for name, seconds in timed.items() if seconds is not None}
     made["engine"] = engine
+    KEPT.write_text(json.dumps(kept(cells)) + "\n")
     RESULT.write_text(json.dumps(made, indent=1) + "\n")
 
 

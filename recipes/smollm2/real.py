@@ -24,6 +24,8 @@ ALL = (
 SOME = "naive", "block:sink=system", "cacheblend:ratio=0.15", "prophetkv:ratio=0.2", "writer"
 STOCK = "naive", "block:sink=4", "block:sink=system", "epic:tokens=16", "epic:tokens=16,sink=system"
 LINKED = (*SOME, "linked_packet")
+SEVERAL = "hotpotqa", "2wiki", "musique"  # their gold documents and the first others, five in all
+OWN = {"squad5": ALL, "pieces": LINKED}
 
 
 class Set(NamedTuple):
@@ -39,11 +41,13 @@ class Set(NamedTuple):
 def sets(questions: Path, babi: Path | None) -> dict[str, Set]:
     """All sets by name."""
     files = {f.stem: f"qa:path={f},answer_tokens=14" for f in sorted(questions.glob("*.jsonl"))}
-    several = {"squad5": ALL, **dict.fromkeys(("hotpotqa", "musique", "2wiki", "pieces"), LINKED)}
-    found = {name: Set(task, several.get(name, SOME), 500) for name, task in files.items()}
+    found = {name: Set(task, SOME, 500) for name, task in files.items()}
+    found |= {name: Set(f"{files[name]},documents=5", LINKED, 500) for name in SEVERAL if name in files}
+    found |= {name: Set(files[name], chosen, 500) for name, chosen in OWN.items() if name in files}
     if "squad5" in files:
         found["squad5 int8"] = Set(files["squad5"], ("writer", "prophetkv:ratio=0.2"), 500, ("int8",))
-        found["stock5"] = Set(files["squad5"], STOCK, 500, model="smollm2")
+        found["gold"] = Set(f"{files['squad5']},documents=1", (), 500)  # how well the model reads, others left out
+        found["stock5"] = Set(files["squad5"], STOCK, 250, model="smollm2")
     if babi:
         for number in (1, 2, 3, 15):
             found[f"babi{number}"] = Set(f"babi:path={babi},task={number},split=test,answer_tokens=6", SOME, 500)

@@ -68,7 +68,7 @@ def _kept(name: str, engine: Engine) -> str:
     """What a strategy kept of full recompute's right answers, where a model that ships says so."""
     told = Path(engine.model.directory or "") / "kept.json"
     kept = json.loads(told.read_text("utf-8")).get(name) if engine.model.directory and told.is_file() else None
-    return f", kept {kept} % of full's right answers" if kept else ""
+    return f", kept {kept} of full's right answers" if kept else ""
 
 
 def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:
