@@ -17,6 +17,7 @@ from kvilt.lab.evaluate.report import Rows, load, retention
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "real.json"
+SHUFFLED = "full, documents in another order"
 KEPT = ROOT / "src/kvilt/builtin/smollm2-qa/kept.json"
 PAIRS = (
     ("kvlink:links=5", "kvlink:links=1"),
@@ -111,6 +112,9 @@ def main() -> None:
     given = parser.parse_args()
     sets = {folder.name: read(folder) for folder in sorted(given.out.iterdir()) if any(folder.glob("*.jsonl"))}
     made = json.loads(RESULT.read_text())
+    if "shuffled" in sets:
+        header, records = (full := sets.pop("shuffled")["full"]).header, full.records
+        sets["squad5"][SHUFFLED] = Rows({**header, "name": SHUFFLED}, records)
     cells = [cell(name, rows, found["full"]) for name, found in sets.items() for rows in found.values()]
     engine = {**made.get("engine", {}), "cells": cells, "pairs": pairs(sets)}
     if given.times:

@@ -36,6 +36,7 @@ class Set(NamedTuple):
     limit: int | None = None
     compress: tuple[str, ...] = ("",)
     model: str = "smollm2-qa"
+    shuffle: bool = False
 
 
 def sets(questions: Path, babi: Path | None) -> dict[str, Set]:
@@ -47,11 +48,12 @@ def sets(questions: Path, babi: Path | None) -> dict[str, Set]:
     if "squad5" in files:
         found["squad5 int8"] = Set(files["squad5"], ("writer", "prophetkv:ratio=0.2"), 500, ("int8",))
         found["gold"] = Set(f"{files['squad5']},documents=1", (), 500)  # how well the model reads, others left out
-        found["stock5"] = Set(files["squad5"], STOCK, 250, model="smollm2")
+        found["shuffled"] = Set(files["squad5"], (), 200, shuffle=True)  # what full recompute keeps of its own answers
+        found["stock5"] = Set(files["squad5"], STOCK, 200, model="smollm2")
     if babi:
         for number in (1, 2, 3, 15):
             found[f"babi{number}"] = Set(f"babi:path={babi},task={number},split=test,answer_tokens=6", SOME, 500)
-    for tokens, count in ((2000, 40), (6000, 12)):
+    for tokens, count in ((2000, 24), (6000, 8)):
         spec = f"niah:characters={tokens * 9 // 2},chunk=2000,count={count},answer_tokens=14"
         found[f"needle{tokens}"] = Set(spec, SOME, count)
     return found
@@ -73,7 +75,8 @@ def main() -> None:
         done = lambda n, total, name=name: print(f"\r{name}: {n} of {total}", end="", flush=True)  # noqa: E731
         folder = given.out / name.split()[0]
         limit = given.limit or one.limit
-        run(engine, one.strategies, one.task, folder, limit, 0, done, first=True, compressions=one.compress)
+        more = {"first": True, "shuffle": one.shuffle, "compressions": one.compress}
+        run(engine, one.strategies, one.task, folder, limit, 0, done, **more)
         print()
 
 

@@ -42,14 +42,16 @@ class FakeEngine:
     def encode(self, documents):
         self.calls.append(("encode", self.strategy.name))
 
+    def plan(self, question, documents):
+        if "too long" in question:
+            raise PromptError("the prompt takes 900 positions, the context holds 100")
+
     def answer(self, question, documents, *, through, max_new_tokens=64, allow_empty=False):
         self.calls.append(("answer", self.strategy.name, question))
         if self.fail_after is not None and sum(c[0] == "answer" for c in self.calls) > self.fail_after:
             raise KeyboardInterrupt
         if not documents and not allow_empty:
             raise PromptError("no documents")
-        if "too long" in question:
-            raise PromptError("the prompt takes 900 positions, the context holds 100")
         right = bool(documents) and not (self.strategy.name == "lossy" and len(question) % 2)
         word = documents[-1].text.split()[0] if right else "nothing"
         tokens = tuple(1 + sum(map(ord, word)) % 7 + i for i in range(2))

@@ -144,7 +144,7 @@ def test_a_bad_sample_is_named(tmp_path):
     spec = f"qa:path={data.jsonl(tmp_path / 'x.jsonl', rows)}"
     with pytest.raises(UserError, match=r"qa, sample q2, full: the prompt takes 900 positions"):
         run(FakeEngine(), [], spec, tmp_path / "out", first=True)
-    assert ids(tmp_path / "out" / "qa--full.jsonl") == ["q0", "q1"]  # what was done is kept
+    assert ids(tmp_path / "out" / "qa--full.jsonl") == []  # told before anything was computed
 
 
 def test_choice_of_samples(tmp_path, spec):

@@ -21,9 +21,8 @@ class Fetched:
 
     system: DocumentCache
     documents: list[DocumentCache]
-    items: Sequence[
-        Item
-    ]  # what they are the caches of; those without id and text are what a chat says between documents
+    # what they are the caches of; those without id and text are what a chat says between documents
+    items: Sequence[Item]
     hits: int
     missing: tuple[str, ...] = ()  # digests of the documents that were not stored, once for each time they stand there
     encoded: tuple[int, ...] = ()  # tokens of everything that had to be encoded

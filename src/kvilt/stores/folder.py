@@ -219,7 +219,9 @@ def _file(folder: int, name: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
-_held: weakref.WeakSet[FileBlob] = weakref.WeakSet()  # files kept open: most of what this process may open, not all of it
+_held: weakref.WeakSet[FileBlob] = (
+    weakref.WeakSet()
+)  # files kept open: most of what this process may open, not all of it
 
 
 @functools.cache

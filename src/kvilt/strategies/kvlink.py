@@ -37,9 +37,8 @@ class LinkTokens:
     end: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()  # of a checkpoint that was trained with them, and the tokens of a chunk
     chunk: int = 0
-    vectors: str = (
-        ""  # a file beside the description: rows that ids below zero name, for models whose vocabulary is full
-    )
+    # a file beside the description: rows that ids below zero name, for models whose vocabulary is full
+    vectors: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> LinkTokens:

@@ -45,13 +45,11 @@ class Rows:
 
     def mean(self, *path: str) -> float | None:
         """The mean of a field over the records that have it."""
-        values = self._values(*path)
-        return statistics.fmean(values) if values else None
+        return statistics.fmean(values) if (values := self._values(*path)) else None
 
     def median(self, *path: str) -> float | None:
         """The median of a field over the records that have it."""
-        values = self._values(*path)
-        return statistics.median(values) if values else None
+        return statistics.median(values) if (values := self._values(*path)) else None
 
     def where(self, key: str, value: object) -> Rows:
         """The records whose metadata says so."""

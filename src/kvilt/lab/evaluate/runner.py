@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -67,11 +67,12 @@ def run(
             file = out / f"{slug(task.label)}--{slug(label)}.jsonl"
             header = {**_header(role, label, one, task), "seed": seed, "shuffle": shuffle}
             lanes.append(Lane(role, label, one, stack.enter_context(closing(RecordFile(file, header)))))
-        total, done = len(samples) * len(lanes), 0
         for sample in samples:
-            for _ in _run_sample(sample, lanes, task):
-                done += 1
-                on_progress(done, total)
+            with _named(task, sample, lanes[0]):  # what is too long is told before anything is computed
+                lanes[0].engine.plan(sample.question, sample.documents)
+        answered = (lane for sample in samples for lane in _run_sample(sample, lanes, task))
+        for done, _ in enumerate(answered, 1):
+            on_progress(done, len(samples) * len(lanes))
     return [lane.records.path for lane in lanes]
 
 
@@ -93,8 +94,8 @@ def _shuffled(sample: Sample, seed: int) -> Sample:
     order = list(range(len(sample.documents)))
     random.Random(f"{seed} {sample.id}").shuffle(order)
     gold = [order.index(i) for i in sample.metadata.get("gold", [])]
-    documents = tuple(sample.documents[i] for i in order)
-    return replace(sample, documents=documents, metadata={**sample.metadata, "gold": gold})
+    given = sample.documents
+    return replace(sample, documents=tuple(given[i] for i in order), metadata={**sample.metadata, "gold": gold})
 
 
 def _rows(engine: Engine, strategies: Sequence[Any], compressions: Sequence[Any]) -> list[tuple[str, str, Engine]]:
@@ -116,8 +117,16 @@ def _header(role: str, label: str, engine: Engine, task: Task) -> dict[str, Any]
     scored = {"metrics": list(task.metrics), "max_new_tokens": task.max_new_tokens, "path": task.options.get("path")}
     ran = {"role": role, "name": label, "strategy": str(engine.strategy), "encoding": engine.encoder.encoding.digest}
     model = {"model": engine.info.digest, "system": digest_of(str(engine.info.system))[:16], "kvilt": kvilt.__version__}
-    smaller = {"compression": str(engine.compression)} if str(engine.compression) else {}
-    return {**asked, **scored, **ran, **model, **smaller}
+    return {**asked, **scored, **ran, **model, **({"compression": made} if (made := str(engine.compression)) else {})}
+
+
+@contextmanager
+def _named(task: Task, sample: Sample, lane: Lane) -> Iterator[None]:
+    """Says of an error which sample it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{task.NAME}, sample {sample.id}, {lane.label}: {error}") from error
 
 
 def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]:
@@ -127,7 +136,7 @@ def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]
     scores: Tensor | None = None  # full recompute's over its own answer, (tokens, vocab)
     for lane in lanes:
         if not lane.records.finished(sample.id, prompt):
-            try:
+            with _named(task, sample, lane):
                 if lane is reference:
                     answer, run = _answer(lane, sample, task)
                     scores, close = torch.cat(run.given), {"agreement": True, "first_token": True, "kl": 0.0}
@@ -137,8 +146,6 @@ def _run_sample(sample: Sample, lanes: list[Lane], task: Task) -> Iterator[Lane]
                         scores = reference.engine.score(sample.question, sample.documents, full["tokens"])
                     answer, run = _answer(lane, sample, task, full)
                     close = _closeness(task, answer, full, run.scores, scores)
-            except UserError as error:
-                raise UserError(f"{task.NAME}, sample {sample.id}, {lane.label}: {error}") from error
             lane.records.append({**_record(lane, sample, task, answer), "prompt": prompt, **close})
         yield lane
 
@@ -179,12 +186,11 @@ def _closeness(task: Task, answer: Answer, full: Record, scores: Tensor, wanted:
 
 
 def _record(lane: Lane, sample: Sample, task: Task, answer: Answer) -> dict[str, Any]:
-    header = lane.records.header
     return {
         "id": sample.id,
         "group": sample.group,
         "task": f"{task.NAME} v{task.VERSION}",
-        **{name: header[name] for name in ("strategy", "model", "seed")},
+        **{name: lane.records.header[name] for name in ("strategy", "model", "seed")},
         "text": answer.text,
         "tokens": list(answer.tokens),
         "answers": list(sample.answers),
