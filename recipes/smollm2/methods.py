@@ -17,6 +17,7 @@ from kvilt.lab.evaluate.report import Rows, load, retention
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "real.json"
+NEARLY = 0.95
 SHUFFLED = "full, documents in another order"
 KEPT = ROOT / "src/kvilt/builtin/smollm2-qa/kept.json"
 PAIRS = (
@@ -48,7 +49,11 @@ def read(folder: Path) -> dict[str, Rows]:
     for file in sorted(folder.glob("*.json")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         found[file.stem] = Rows({**rows[0].header, "name": file.stem}, lines)
-    return found
+    asked = [{r["id"] for r in one.records} for one in found.values()]
+    same = set.intersection(
+        *(ids for ids in asked if len(ids) > NEARLY * max(map(len, asked)))
+    )  # of a run that was stopped
+    return {name: Rows(one.header, [r for r in one.records if r["id"] in same]) for name, one in found.items()}
 
 
 def both(a: Rows, b: Rows) -> tuple[Rows, Rows]:
