@@ -144,9 +144,9 @@ def asked(made: dict[str, Any], names: tuple[str, ...], show: Callable[[dict[str
     head = ["strategy", *(f"{ENGINE[name]} ({cells['full', name]['n']})" for name in names)]
     lines = []
     for strategy in ORDER:
-        row = [cells.get((strategy, name)) for name in names]
+        row = [c if (c := cells.get((strategy, name))) and whole(c, cells) else None for name in names]
         if any(row):
-            lines.append([f"`{strategy}`", *(show(c) if c and whole(c, cells) else "" for c in row)])
+            lines.append([f"`{strategy}`", *(show(c) if c else "" for c in row)])
     return table(head, lines)
 
 
