@@ -65,11 +65,10 @@ SHORT = (
     "kvlink:links=5",
     "linked_packet",
     "cacheblend:ratio=0.15",
-    "epic:tokens=16,sink=system",
     "block:sink=system",
     "naive",
 )
-SHOWN = "squad5", "pieces", "nq", "hotpotqa"
+SHOWN = "squad5", "pieces", "hotpotqa", "babi1"
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
