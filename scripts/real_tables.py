@@ -183,7 +183,7 @@ def beside(made: dict[str, Any]) -> str:
     """Pairs of strategies on the same questions, as the engine ran them."""
     lines = []
     for d in made["engine"]["pairs"]:
-        names = ", ".join(ENGINE[name] for name in d["sets"] if name in ENGINE)
+        names = "; ".join(ENGINE[name] for name in d["sets"] if name in ENGINE)
         lines.append([f"`{d['first']}`", f"`{d['second']}`", str(d["n"]), span(d["difference"], "+"), names])
     return table(["first", "second", "questions", "first - second, points", "sets"], lines)
 
