@@ -104,7 +104,7 @@ def kept(cells: list[dict[str, Any]]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for c in cells:
         name, _, options = c["strategy"].partition(":")
-        if c["set"] == "squad5" and not {" ", "kvlink", "full"} & {*name, name}:
+        if c["set"] == "squad5" and " " not in c["strategy"] and name not in ("full", "kvlink"):
             found.setdefault(name, []).append(f"{c['kept']:.0f} %" + (f" with {options}" if options else ""))
     return {name: ", ".join(each) for name, each in found.items()}
 
