@@ -188,18 +188,6 @@ def beside(made: dict[str, Any]) -> str:
     return table(["first", "second", "questions", "first - second, points", "sets"], lines)
 
 
-def stock(made: dict[str, Any]) -> str:
-    """Strategies without training on the model as published."""
-    lines = []
-    for c in sorted((c for c in made["engine"]["cells"] if c["set"] == "stock5"), key=lambda c: -c.get("agree", 0)):
-        gap = "" if c["strategy"] == "full" else span(c["difference"], "+")
-        close = [f"{c['kept']:.0f}", f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}", f"{c['charged']:.3f}"]
-        lines.append([f"`{c['strategy']}`", span(c["right"]), gap, *close, str(c["n"])])
-    return table(
-        ["strategy", "right", "- full, points", "kept, %", "same answer, %", "KL", "charged", "questions"], lines
-    )
-
-
 def main() -> None:
     """Fill the marked parts of both pages."""
     made = json.loads((ROOT / "benchmarks" / "real.json").read_text())
@@ -216,7 +204,6 @@ def main() -> None:
         **{f"real-lost-{n}": asked(made, SIDES[n], lost) for n in SIDES},
         "real-costs": costs(made),
         "real-beside": beside(made),
-        "real-stock": stock(made),
     }
     for page in (ROOT / "README.md", ROOT / "benchmarks" / "real.md"):
         old = page.read_text()

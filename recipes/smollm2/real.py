@@ -22,7 +22,6 @@ ALL = (
     "writer", "kv_packet", "linked_packet", "query_lora",
 )  # fmt: skip
 SOME = "naive", "block:sink=system", "cacheblend:ratio=0.15", "prophetkv:ratio=0.2", "writer"
-STOCK = "naive", "block:sink=4", "block:sink=system", "epic:tokens=16", "epic:tokens=16,sink=system"
 LINKED = (*SOME, "linked_packet")
 SEVERAL = "hotpotqa", "2wiki", "musique"  # their gold documents and the first others, five in all
 OWN = {"squad5": ALL, "pieces": LINKED}
@@ -35,7 +34,6 @@ class Set(NamedTuple):
     strategies: tuple[str, ...]
     limit: int | None = None
     compress: tuple[str, ...] = ("",)
-    model: str = "smollm2-qa"
     shuffle: bool = False
 
 
@@ -49,7 +47,6 @@ def sets(questions: Path, babi: Path | None) -> dict[str, Set]:
         found["squad5 int8"] = Set(files["squad5"], ("writer", "prophetkv:ratio=0.2"), 500, ("int8",))
         found["gold"] = Set(f"{files['squad5']},documents=1", (), 500)  # how well the model reads, others left out
         found["shuffled"] = Set(files["squad5"], (), 200, shuffle=True)  # what full recompute keeps of its own answers
-        found["stock5"] = Set(files["squad5"], STOCK, 200, model="smollm2")
     if babi:
         for number in (1, 2, 3, 15):
             found[f"babi{number}"] = Set(f"babi:path={babi},task={number},split=test,answer_tokens=6", SOME, 500)
@@ -71,7 +68,7 @@ def main() -> None:
     known = sets(given.questions, given.babi)
     for name in given.sets or known:
         one = known[name]
-        engine = Engine.load(one.model, store="memory:budget=2GB", system=SYSTEM)
+        engine = Engine.load("smollm2-qa", store="memory:budget=2GB", system=SYSTEM)
         done = lambda n, total, name=name: print(f"\r{name}: {n} of {total}", end="", flush=True)  # noqa: E731
         folder = given.out / name.split()[0]
         limit = given.limit or one.limit
