@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     checks.append(checked(o, int(o.large), o.alpha, (0.05,)))
     rates = {c["alpha"]: Rates(o.documents, c) for c in checks[:2]}
-    made: dict[str, Any] = {"options": {k: str(v) if k == "out" else v for k, v in vars(o).items()}, "checks": checks}
+    made: dict[str, Any] = {"options": {k: v for k, v in vars(o).items() if k != "out"}, "checks": checks}
     made["hits"] = {alpha: {p: [rate(p, s) for s in SHARES] for p in POLICIES} for alpha, rate in rates.items()}
     made["machines"] = {name: costs(o, profile, rates[o.alpha]) for name, profile in measured(o).items()}
     made["seconds"] = time.perf_counter() - began
