@@ -1,4 +1,4 @@
-"""KVLink's own models on the sets of real.py: 0, 1 and 5 link tokens on the first set, 5 on the others.
+"""KVLink's own models, with 0, 1 and 5 link tokens, on the sets of real.py.
 
     python recipes/smollm2/links.py TRAINED QUESTIONS OUT [--sets squad5 ...] [--links 0 1 5] [--babi FOLDER]
 
