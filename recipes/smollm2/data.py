@@ -1,7 +1,8 @@
 """Real questions as token ids in one file: tokenised once, exactly as the engine tokenises prompts.
 
-Run: python recipes/smollm2/data.py QA_FOLDER TOKENIZER_FOLDER OUT [--small], which writes
-OUT/data-train.npz.xz and OUT/data-test.npz.xz. Training never sees a file named dev or test."""
+Run: python recipes/smollm2/data.py QA_FOLDER TOKENIZER_FOLDER OUT [--babi FOLDER] [--text PASSAGES] [--small], which writes
+OUT/data-train.npz.xz and OUT/data-test.npz.xz. Training never sees a file named dev or test. PASSAGES are gzip-compressed JSON
+lines {"title", "text"}: questions are made of their own sentences."""
 
 from __future__ import annotations
 
@@ -194,7 +195,27 @@ def needles(rows: Sequence[dict[str, Any]], count: int, rng: random.Random) -> I
         }
 
 
-def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False) -> dict[str, Any]:
+SPAN = re.compile(  # a name inside a sentence, a year, or a number
+    r"(?<=[a-z,;] )(?P<name>[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+){0,3})"
+    r"|(?<=\bin )(?P<year>1\d{3}|20\d{2})\b|(?<= )(?P<number>\d[\d,.]*\d)(?= [a-z])"
+)
+ASKED = {"name": "who or what", "year": "what year", "number": "how many"}
+
+
+def blanks(passages: Iterable[dict[str, Any]], rng: random.Random, most: int = 4) -> Iterator[dict[str, Any]]:
+    """Questions about passages that have none: one of their sentences, a name, a year or a number in it asked for."""
+    for number, passage in enumerate(passages):
+        sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", passage["text"]) if 40 < len(s) < 220]
+        found = [(s, m) for s in sentences for m in SPAN.finditer(s)]
+        for sentence, m in rng.sample(found, min(most, len(found))):
+            asked = ASKED[m.lastgroup or "name"]
+            question = f"{sentence[: m.start()]}{asked}{sentence[m.end() :]}".rstrip(".!?") + "?"
+            docs = [{"title": passage["title"], "text": passage["text"]}]
+            about = {"question": question, "answers": [m.group()], "docs": docs}
+            yield {**about, "id": f"blank-{number}-{m.start()}", "passage_id": f"passage-{number}"}
+
+
+def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False, text: Path | None = None) -> dict[str, Any]:
     """All arrays of the file."""
     from kvilt.engine.text import TextFormat
 
@@ -209,6 +230,9 @@ def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False) 
     files = sorted(babi.glob("*_train.txt.gz")) if babi else []
     made = [row for f in files if f.name.startswith(BABI) for row in stories(f, 20 if small else 700)]
     builder.many_passages(made).save("babi_train", out)
+    if text:
+        passages = [row for row in read(text, 200 if small else None) if 300 < len(row["text"]) < 1200][:12_000]
+        builder.one_passage(blanks(passages, random.Random(0))).save("blanks_train", out)
     for number, system in enumerate(SYSTEMS):
         out[f"system/{number}"] = np.asarray(TextFormat.of(tokenizer, system).system_ids(), np.uint16)
     return out
@@ -223,10 +247,11 @@ def main() -> None:
     parser.add_argument("tokenizer")
     parser.add_argument("out", type=Path)
     parser.add_argument("--babi", type=Path)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    made = build(args.folder, args.babi, tokenizer, args.small)
+    made = build(args.folder, args.babi, tokenizer, args.small, args.text)
     for part in ("train", "test"):
         held = {name: array for name, array in made.items() if (part == "test") == name.startswith(TEST)}
         buffer = io.BytesIO()

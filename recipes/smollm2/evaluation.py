@@ -213,6 +213,8 @@ def everything(run: Any, stages: Sequence[Any]) -> None:
     if run.taught is not None:
         jobs += [(name, run.taught, m, None) for name, m in untrained.items() if name in ("full", "naive")]
     order = (
+        "writer_more",
+        "teach_more",
         "writer_packet_query",
         "writer_packet",
         "writer",

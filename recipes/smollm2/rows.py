@@ -261,10 +261,12 @@ class Sampler:
         self.one = {n: Dataset(n, arrays) for n in ("squad_train", "fairytaleqa_train")}
         many = ("hotpotqa_train", "hotpotqa_train_extra", "musique_train", "2wiki_train", "needles_train", "babi_train")
         self.many = {n: Dataset(n, arrays) for n in many}
+        self.blanks = Dataset("blanks_train", arrays) if "blanks_train/asks" in arrays else None
         self.left: dict[str, list[int]] = {}
 
     def __iter__(self) -> Iterator[Context]:
         kinds = {self._article: 0.62, self._pieces: 0.12, self._several: 0.26}
+        kinds |= {self._gaps: 0.25} if self.blanks else {}
         while True:
             draw = self.rng.choices(list(kinds), list(kinds.values()))[0]
             yield draw()
@@ -310,6 +312,16 @@ class Sampler:
         data, passages = self._passages(few=True)
         documents = [int(p) for d in passages for p in (data.pieces[d] if len(data.pieces[d]) else [d])]
         return data.context(self._system(), documents, self._questions(data, passages, self.MOST))
+
+    def _gaps(self) -> Context:
+        """Passages of any text, asked for what was taken out of their own sentences."""
+        data = self.blanks
+        assert data is not None
+        first = self._next(data.name, lambda: data.of)
+        documents = [first, *self.rng.sample(list(data.of), self.rng.randint(1, 7))]
+        documents = self._fitting(data, list(dict.fromkeys(documents)))
+        self.rng.shuffle(documents)
+        return data.context(self._system(), documents, self._questions(data, documents, self.MOST))
 
     def _several(self) -> Context:
         shares = {

@@ -63,6 +63,11 @@ STAGES = (
     Stage("kvlink1", replace(KVLINK, links=1), 50, trained=("adapter", "vectors"), distilled=False),
     Stage("writer_packet_query", replace(PACKET, writer=True, reader=True), 20, ("writer_packet",), ("reader",)),
     Stage("weights", FULL, 40, trained=("weights",), distilled=False, lr=2e-4),
+    # a second run, on questions made of 12,000 more passages (data.py --text), says what more time is worth
+    Stage(
+        "writer_more", replace(PACKET, writer=True), 180, ("writer_packet",), ("adapter", "vectors"), lr=8e-4, vector_lr=4e-3
+    ),
+    Stage("teach_more", Method(reuse=False, everywhere=True), 90, distilled=False),
 )
 SMALL = ("packet", "query", "linked", "writer_packet_query")  # come back in one file
 
