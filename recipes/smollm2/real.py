@@ -46,13 +46,12 @@ def sets(questions: Path, babi: Path | None) -> dict[str, Set]:
     if "squad5" in files:
         found["squad5 int8"] = Set(files["squad5"], ("writer", "prophetkv:ratio=0.2"), 500, ("int8",))
         found["gold"] = Set(f"{files['squad5']},documents=1", (), 500)  # how well the model reads, others left out
-        found["shuffled"] = Set(files["squad5"], (), 200, shuffle=True)  # what full recompute keeps of its own answers
+        found["shuffled"] = Set(files["squad5"], (), 500, shuffle=True)  # what full recompute keeps of its own answers
     if babi:
         for number in (1, 2, 3, 15):
             found[f"babi{number}"] = Set(f"babi:path={babi},task={number},split=test,answer_tokens=6", SOME, 500)
-    for tokens, count in ((2000, 24), (6000, 8)):
-        spec = f"niah:characters={tokens * 9 // 2},chunk=2000,count={count},answer_tokens=14"
-        found[f"needle{tokens}"] = Set(spec, SOME, count)
+    for tokens, limit in ((2000, 100), (6000, 24)):
+        found[f"needle{tokens}"] = Set(f"niah:characters={tokens * 9 // 2},chunk=2000,answer_tokens=14", SOME, limit)
     return found
 
 
