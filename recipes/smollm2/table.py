@@ -1,12 +1,13 @@
 """The figures of benchmarks/real.json from what a training run left: shares with intervals, paired differences, retention.
 
-Run: python recipes/smollm2/table.py RESULTS.npz DATA [UNTRAINED.json]; then python scripts/real_tables.py. DATA holds what
-data.py wrote; UNTRAINED.json what untrained.py measured."""
+Run: python recipes/smollm2/table.py RESULTS.npz DATA [--untrained FILE] [--more RESULTS.npz]; then python scripts/real_tables.py.
+DATA holds what data.py wrote, the untrained FILE what untrained.py measured; --more is a run of the stages that go on from there
+(writer_more, teach_more), which are compared with that run's own full recompute."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ OUT = Path(__file__).parents[2] / "benchmarks" / "real.json"
 NAMES = {  # labels of a run: strategies
     "full": "full",
     "writer_packet_query": "query_lora + writer + wrapper",
+    "writer_more": "writer + wrapper, longer",
     "writer_packet": "writer + wrapper",
     "writer": "writer",
     "linked": "linked_packet",
@@ -31,16 +33,17 @@ NAMES = {  # labels of a run: strategies
     "naive": "naive",
     "weights/full": "full, all weights taught",
 }
+MORE = ("writer_more",)  # of a second run
 PACKAGE = OUT.parents[1] / "src/kvilt/builtin"
 KEPT = {  # what `kvilt list strategy MODEL` says of a strategy
     "smollm2-qa": {
-        "writer": "writer + wrapper",
+        "writer": "writer + wrapper, longer",
         **{n: n for n in ("linked_packet", "kv_packet", "query_lora", "naive")},
     },
     "smollm2-kvlink5": {"kvlink": "kvlink:links=5"},
 }
 PAIRS = (("linked", "packet"), ("writer_packet", "packet"), ("writer_packet", "writer"), ("writer_packet", "kvlink5"))
-PAIRS += (("writer_packet_query", "writer_packet"), ("query", "naive"))
+PAIRS += (("writer_packet_query", "writer_packet"), ("query", "naive"), ("writer_more", "writer_packet"))
 
 
 class Outcomes:
@@ -73,13 +76,14 @@ def percent(values: Any) -> list[float]:
 
 def cell(o: Outcomes, label: str, name: str) -> dict[str, Any]:
     """One strategy on one set, beside full recompute of the taught model."""
-    mine, full = o.right(label, name), o.right("full", name)
+    reference = "more/full" if label in MORE else "full"
+    mine, full = o.right(label, name), o.right(reference, name)
     both = [q for q in full if q in mine]
     of = o.groups(name, evaluation.CHEAP[name])
     groups = [of[q] for q in both]
-    hits, reference = ([(float(h[q]), 1.0) for q in both] for h in (mine, full))
+    hits, best = ([(float(h[q]), 1.0) for q in both] for h in (mine, full))
     kept = [(float(mine[q] and full[q]), float(full[q])) for q in both]
-    told, said = o.tokens(label, name), o.tokens("full", name)
+    told, said = o.tokens(label, name), o.tokens(reference, name)
     made: dict[str, Any] = {
         "strategy": NAMES[label],
         "set": name,
@@ -87,7 +91,7 @@ def cell(o: Outcomes, label: str, name: str) -> dict[str, Any]:
         "right": percent(interval(hits, groups)),
     }
     if label != "full":
-        made |= {"difference": percent(difference(hits, reference, groups)), "kept": percent(interval(kept, groups))}
+        made |= {"difference": percent(difference(hits, best, groups)), "kept": percent(interval(kept, groups))}
         made["agree"] = round(100 * sum(told[q] == said[q] for q in both) / len(both), 1)
     return made
 
@@ -123,18 +127,26 @@ def untrained(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Write the file."""
-    folder = Path(sys.argv[2])
-    results = np.load(sys.argv[1])
-    o = Outcomes(
-        results,
-        data.load(folder / "data-test.npz.xz") | data.load(folder / "data-train.npz.xz"),
-        evaluation.Texts(folder),
-    )
-    names = list(evaluation.CHEAP)
-    made: dict[str, Any] = {"cells": [cell(o, label, name) for label in NAMES for name in names]}
-    made["duels"] = [duel(o, *pair, names) for pair in PAIRS]
-    made["untrained"] = untrained(json.loads(Path(sys.argv[3]).read_text())) if len(sys.argv) > 3 else []
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--untrained", type=Path)
+    parser.add_argument("--more", type=Path)
+    given = parser.parse_args()
+    results = dict(np.load(given.results))
     told = json.loads(bytes(results["results.json"]))
+    if given.more:
+        more = dict(np.load(given.more))
+        own = ("full/", *(f"{label}/" for label in MORE))
+        results |= {f"more/{k}" if k.startswith("full/") else k: v for k, v in more.items() if k.startswith(own)}
+        told |= {k: v for k, v in json.loads(bytes(more["results.json"])).items() if k.startswith("train/")}
+    arrays = data.load(given.data / "data-test.npz.xz") | data.load(given.data / "data-train.npz.xz")
+    o = Outcomes(results, arrays, evaluation.Texts(given.data))
+    names = list(evaluation.CHEAP)
+    labels = [label for label in NAMES if given.more or label not in MORE]
+    made: dict[str, Any] = {"cells": [cell(o, label, name) for label in labels for name in names]}
+    made["duels"] = [duel(o, *pair, names) for pair in PAIRS if given.more or pair[0] not in MORE]
+    made["untrained"] = untrained(json.loads(given.untrained.read_text())) if given.untrained else []
     made["training"] = {key.removeprefix("train/"): note for key, note in told.items() if key.startswith("train/")}
     made["engine"] = json.loads(OUT.read_text()).get("engine", {}) if OUT.exists() else {}  # methods.py writes it
     OUT.write_text(json.dumps(made, indent=1) + "\n")
