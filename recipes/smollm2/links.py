@@ -23,12 +23,14 @@ from kvilt.registry import build
 
 
 def answered(engine: Engine, task: Task, limit: int | None, file: Path) -> None:
-    """Ask every question that has no line in `file` yet: its id, group, points and charged compute."""
+    """Ask every question that has no line in `file` yet: its id, group, points and charged compute.
+
+    Left out are questions about more documents than the model has link tokens for."""
     done = {json.loads(line)["id"] for line in file.read_text().splitlines()} if file.exists() else set()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
         for sample in choose(task, limit, 0, first=True):
-            if sample.id in done:
+            if sample.id in done or len(sample.documents) > ship.SLOTS:
                 continue
             documents = list(sample.documents)
             engine.encode(documents)
