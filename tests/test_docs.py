@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -84,6 +85,8 @@ def test_pages_run_as_printed(page: Path, folder: Path, monkeypatch: pytest.Monk
         for line in commands(language, text):
             if line.startswith("kvilt "):
                 _command(line, example)
+            elif line.startswith("mkdir "):
+                subprocess.run(line, shell=True, check=True, cwd=folder)
             else:
                 assert line.startswith(ELSEWHERE), line
 

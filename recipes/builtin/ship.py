@@ -18,7 +18,7 @@ from kvilt.strategies.kvlink import DESCRIPTION
 PACKAGE = Path(__file__).parents[2] / "src" / "kvilt" / "builtin"
 LIMIT = 12_000_000  # bytes of weights that the package may carry, all models together
 CHECKPOINTS = {"kvlink0": "model-kvlink0", "kvlink5": "model-kvlink5"}
-WRAPPERS = {"packet": "kv_packet", "linked_tail": "linked_packet"}
+WRAPPERS = {"packet": "packet", "linked_tail": "linked"}
 
 
 def ship(model: Path, place: Path) -> None:

@@ -215,7 +215,9 @@ def blanks(passages: Iterable[dict[str, Any]], rng: random.Random, most: int = 4
             yield {**about, "id": f"blank-{number}-{m.start()}", "passage_id": f"passage-{number}"}
 
 
-def build(folder: Path, babi: Path | None, tokenizer: Any, small: bool = False, text: Path | None = None) -> dict[str, Any]:
+def build(
+    folder: Path, babi: Path | None, tokenizer: Any, small: bool = False, text: Path | None = None
+) -> dict[str, Any]:
     """All arrays of the file."""
     from kvilt.engine.text import TextFormat
 

@@ -3,7 +3,8 @@
     python recipes/smollm2/methods.py OUT [--times FOLDER]; python scripts/real_tables.py
 
 Of every strategy on every set: right answers, the paired difference to full recompute and what was kept of it, fidelity, costs; and
-pairs of strategies. Times come from FOLDER, a short run of real.py with nothing else on the machine."""
+pairs of strategies; and kept.json of the models that ship, for `kvilt list strategy MODEL`. Times come from FOLDER, a short run of
+real.py with nothing else on the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "real.json"
 NEARLY = 0.95  # a strategy that was asked fewer questions than this share of the others' does not shorten their records
 SHUFFLED = "full, documents in another order"
-KEPT = ROOT / "src/kvilt/builtin/smollm2-qa/kept.json"
+PACKAGE = ROOT / "src/kvilt/builtin"
 PAIRS = (
     ("kvlink:links=5", "kvlink:links=1"),
     ("kvlink:links=5", "kvlink:links=0"),
@@ -99,14 +100,15 @@ def pairs(sets: dict[str, dict[str, Rows]]) -> list[dict[str, Any]]:
     return lines
 
 
-def kept(cells: list[dict[str, Any]]) -> dict[str, str]:
-    """What `kvilt list strategy smollm2-qa` says of each strategy: kept on SQuAD, with every option that was measured."""
-    found: dict[str, list[str]] = {}
+def kept(cells: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """What `kvilt list strategy MODEL` says of each strategy: kept on SQuAD, with every option that was measured."""
+    found: dict[str, dict[str, list[str]]] = {"smollm2-qa": {}, "smollm2-kvlink5": {}}
     for c in cells:
         name, _, options = c["strategy"].partition(":")
-        if c["set"] == "squad5" and " " not in c["strategy"] and name not in ("full", "kvlink"):
-            found.setdefault(name, []).append(f"{c['kept']:.0f} %" + (f" with {options}" if options else ""))
-    return {name: ", ".join(each) for name, each in found.items()}
+        model = "smollm2-qa" if name != "kvlink" else f"smollm2-kvlink{options.removeprefix('links=')}"
+        if c["set"] == "squad5" and " " not in c["strategy"] and name != "full" and model in found:
+            found[model].setdefault(name, []).append(f"{c['kept']:.0f} %" + (f" with {options}" if options else ""))
+    return {model: {name: ", ".join(each) for name, each in names.items()} for model, names in found.items()}
 
 
 def main() -> None:
@@ -126,7 +128,8 @@ def main() -> None:
         timed = {n: r.median("usage", "ttft_s") for n, r in read(given.times).items()}
         engine["ttft_s"] = {name: round(seconds, 4) for name, seconds in timed.items() if seconds is not None}
     made["engine"] = engine
-    KEPT.write_text(json.dumps(kept(cells)) + "\n")
+    for model, told in kept(cells).items():
+        (PACKAGE / model / "kept.json").write_text(json.dumps(told) + "\n")
     RESULT.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -62,7 +62,7 @@ def part(small: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
 def taught(source: Path, to: Path) -> str:
     """Write the taught model's adapter; the digest of base and adapter together, which names the model."""
     to.mkdir(parents=True, exist_ok=True)
-    files.save(adapter_of(load_file(source), ""), to / "merged.safetensors", base="smollm2")
+    files.save(adapter_of(load_file(source), ""), to / "merged.safetensors", base="smollm2", role="model")
     return digest_of(of_file(gguf.smollm2()), files.load(to / "merged.safetensors").digest)
 
 
@@ -100,10 +100,11 @@ def main() -> None:
     package = Path(sys.argv[2] if len(sys.argv) > 2 else Path(__file__).parents[2] / "src/kvilt/builtin")
     qa, small = package / "smollm2-qa", load_file(source / "small.safetensors")
     model = taught(source / "teach.safetensors", qa)
-    written = load_file(source / "writer_packet.safetensors")
-    files.save(adapter_of(written, model), qa / "writer.safetensors")
+    longest = next(at for name in ("writer_more", "writer_packet") if (at := source / f"{name}.safetensors").is_file())
+    written = load_file(longest)
+    files.save(adapter_of(written, model), qa / "writer.safetensors", role="writer")
     wrapper_of(written, model).save(qa / "writer-wrapper.safetensors")
-    files.save(adapter_of(part(small, "query"), model, reader=True), qa / "query.safetensors")
+    files.save(adapter_of(part(small, "query"), model, reader=True), qa / "query.safetensors", role="query")
     for stage in ("packet", "linked"):
         wrapper_of(part(small, stage), model).save(qa / f"{stage}.safetensors")
     kvlink(source / "kvlink5.safetensors", package / "smollm2-kvlink5")

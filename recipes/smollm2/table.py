@@ -34,14 +34,6 @@ NAMES = {  # labels of a run: strategies
     "weights/full": "full, all weights taught",
 }
 MORE = ("writer_more",)  # of a second run
-PACKAGE = OUT.parents[1] / "src/kvilt/builtin"
-KEPT = {  # what `kvilt list strategy MODEL` says of a strategy
-    "smollm2-qa": {
-        "writer": "writer + wrapper, longer",
-        **{n: n for n in ("linked_packet", "kv_packet", "query_lora", "naive")},
-    },
-    "smollm2-kvlink5": {"kvlink": "kvlink:links=5"},
-}
 PAIRS = (("linked", "packet"), ("writer_packet", "packet"), ("writer_packet", "writer"), ("writer_packet", "kvlink5"))
 PAIRS += (("writer_packet_query", "writer_packet"), ("query", "naive"), ("writer_more", "writer_packet"))
 
@@ -150,10 +142,6 @@ def main() -> None:
     made["training"] = {key.removeprefix("train/"): note for key, note in told.items() if key.startswith("train/")}
     made["engine"] = json.loads(OUT.read_text()).get("engine", {}) if OUT.exists() else {}  # methods.py writes it
     OUT.write_text(json.dumps(made, indent=1) + "\n")
-    for model, strategies in KEPT.items():
-        kept = {n: [c["kept"][0] for c in made["cells"] if c["strategy"] == of] for n, of in strategies.items()}
-        means = {name: round(sum(values) / len(values)) for name, values in kept.items()}
-        (PACKAGE / model / "kept.json").write_text(json.dumps(means) + "\n")
 
 
 if __name__ == "__main__":

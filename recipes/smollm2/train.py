@@ -65,7 +65,13 @@ STAGES = (
     Stage("weights", FULL, 40, trained=("weights",), distilled=False, lr=2e-4),
     # a second run, on questions made of 12,000 more passages (data.py --text), says what more time is worth
     Stage(
-        "writer_more", replace(PACKET, writer=True), 180, ("writer_packet",), ("adapter", "vectors"), lr=8e-4, vector_lr=4e-3
+        "writer_more",
+        replace(PACKET, writer=True),
+        180,
+        ("writer_packet",),
+        ("adapter", "vectors"),
+        lr=8e-4,
+        vector_lr=4e-3,
     ),
     Stage("teach_more", Method(reuse=False, everywhere=True), 90, distilled=False),
 )

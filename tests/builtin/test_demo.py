@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 
 from cli_kit import run
-from kvilt import builtin
 from kvilt.lab import demo
 
 
-def test_the_demo_shows_every_method_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_shows_every_method_that_ships(tmp_path: Path) -> None:
     """Danger: the first thing a new user runs leaves out the trained methods, or fails without a terminal."""
     pytest.importorskip("matplotlib")
-    few = dict(list(builtin.documents().items())[:20])
-    monkeypatch.setattr(demo, "_encoded", lambda: list(few.values()))
     table = run("demo", "--questions", 2, "--out", tmp_path / "demo.png").stdout
-    for name in (*demo.UNTRAINED, *demo.WRAPPERS, "kvlink:links=0", "kvlink:links=5"):
+    for name in (*demo.STRATEGIES["builtin"], *demo.CHECKPOINTS["builtin"].values()):
         assert name in table
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

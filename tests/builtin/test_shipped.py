@@ -48,7 +48,7 @@ def test_the_package_stays_small() -> None:
 def engines() -> Callable[[str, str], Engine]:
     """Engines of what ships, each model loaded once."""
     load = functools.cache(lambda model: Engine.load(model, "naive", "memory"))
-    return lambda model, spec: load(model).with_strategy(spec.format(builtin.model_path()))
+    return lambda model, spec: load(model).with_strategy(spec)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def engines() -> Callable[[str, str], Engine]:
     [
         ("builtin", "full", "one_hop", 9),
         ("builtin", "full", "chunked", 9),
-        ("builtin", "kv_packet:wrapper='{}/kv_packet.safetensors'", "one_hop", 8),
-        ("builtin", "linked_packet:wrapper='{}/linked_packet.safetensors'", "two_hop", 8),
+        ("builtin", "kv_packet", "one_hop", 8),
+        ("builtin", "linked_packet", "two_hop", 8),
         ("builtin-kvlink5", "kvlink:links=5", "two_hop", 9),
         ("builtin-kvlink0", "kvlink:links=0", "one_hop", 9),
     ],

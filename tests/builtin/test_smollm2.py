@@ -54,11 +54,13 @@ def test_what_ships_is_whole_small_and_for_one_model() -> None:
 def test_a_list_says_what_each_strategy_kept() -> None:
     """Danger: a user must read a benchmark page to choose; a strategy that was not measured gets another's figure."""
     told: Any = SimpleNamespace(model=SimpleNamespace(directory=str(SHIPPED / "smollm2-qa")))
-    assert catalogue._kept("writer", told).endswith(" % of full's right answers")
-    assert "with sink=system" in catalogue._kept("block", told)
-    assert catalogue._kept("infoflow", told) == ""
+    assert catalogue._kept("writer", told)[0].endswith(" % of full's right answers to SQuAD")
+    assert "with sink=system" in catalogue._kept("block", told)[0]
+    assert catalogue._kept("infoflow", told) == []
     told.model.directory = None
-    assert catalogue._kept("writer", told) == ""
+    assert catalogue._kept("writer", told) == []
+    told.model.directory = str(SHIPPED / "smollm2-kvlink5")
+    assert " % with links=5 of full" in catalogue._kept("kvlink", told)[0]
 
 
 def test_unknown_variants_are_named() -> None:

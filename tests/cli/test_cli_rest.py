@@ -77,7 +77,9 @@ def test_list() -> None:
 def test_list_says_what_a_model_can_take(model_dir: Path) -> None:
     """Danger: which of eighteen strategies suit a model is found out one error at a time."""
     fits = {n["name"]: n["fits"] for n in data("list", "strategy", model_dir)["strategy"]}
-    assert fits["block"] == fits["full"] == "yes"
+    assert fits["full"] == "yes"
+    assert fits["block"] == "yes, the default with sink=system"
+    assert fits["auto"] == "yes, chooses block:sink=system"
     assert "needs vectors" in fits["kv_packet"]
     assert fits["kvlink"].startswith("yes, with a warning: ")
     result = run("list", "strategy", model_dir)

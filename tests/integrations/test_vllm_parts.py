@@ -414,6 +414,8 @@ def test_the_line_that_starts_vllm(model_dir: Path, tmp_path: Path, monkeypatch:
     assert "--enable-prompt-embeds" in launch.command(str(model_dir), linked)[0]
     with pytest.raises(UserError, match="memory"):
         launch.command(str(model_dir), Settings("memory"))
+    with pytest.raises(UserError, match="adapter over another model"):
+        launch.command("smollm2-qa", settings)
 
 
 def test_the_child_encodes_what_it_is_given(model_dir: Path, tmp_path: Path) -> None:

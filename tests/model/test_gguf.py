@@ -137,6 +137,56 @@ def test_unknown_architectures_and_scaled_rotations_are_refused(tmp_path: Path) 
     assert not list((identity.user_cache() / "models").glob(".making-*"))
 
 
+def test_a_file_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    """Danger: transformers draws what is missing at random, and the cache keeps it under the file's name."""
+    hf = copy.deepcopy(zoo.hf_model("llama"))
+    del hf.model.layers[1].self_attn.v_proj
+    with pytest.raises(ModelError, match=r"lacks weights that the model has: model\.layers\.1\.self_attn\.v_proj"):
+        load_model(str(save(hf, tmp_path / "holes.gguf")))
+    assert not (identity.user_cache() / "models" / identity.of_file(tmp_path / "holes.gguf")).exists()
+
+
+def test_an_architecture_that_cannot_be_served_is_refused_before_it_is_converted(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Danger: minutes of conversion, a folder in the cache, and then the refusal."""
+
+    def refuse(config: Any) -> None:
+        raise ModelError("mamba is refused: a state is no row.")
+
+    odd = save(zoo.hf_model("llama"), file.with_name("odd.gguf"), note=9.0)  # a file not seen before
+    monkeypatch.setattr(gguf.fit, "check_config", refuse)
+    with pytest.raises(ModelError, match="mamba is refused"):
+        load_model(str(odd))
+    assert not (identity.user_cache() / "models" / identity.of_file(odd)).exists()
+
+
+def test_what_is_no_python_exception_is_one_line_too(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Danger: the tokenizers library panics over bad merges, past every `except Exception`."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise Panic("range end index 2 out of range")
+
+    odd = save(zoo.hf_model("llama"), file.with_name("odd.gguf"), note=10.0)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(ModelError, match="cannot read it: range end index 2"):
+        load_model(str(odd))
+
+
+def test_names_of_files_in_capitals_beside_a_config_and_missing_ones(file: Path) -> None:
+    """Danger: a repository of GGUF files has a config.json, too; a mistyped name asks the hub."""
+    (file.parent / "config.json").write_text("{}")
+    shouted = file.rename(file.with_suffix(".GGUF"))
+    assert gguf.file_of(str(file.parent)) == shouted == gguf.file_of(str(shouted))
+    (file.parent / "model.safetensors").write_bytes(b"")
+    assert gguf.file_of(str(file.parent)) is None
+    with pytest.raises(ModelError, match="no such file"):
+        load_model(str(file))
+
+
 def test_a_folder_with_two_files_and_a_missing_wheel_are_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Danger: the first of two quantisations is taken in silence; an ImportError of another package."""
     (file.parent / "other.gguf").write_bytes(file.read_bytes())

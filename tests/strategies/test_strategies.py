@@ -29,6 +29,7 @@ from kvilt.errors import PromptError, SpecError
 from kvilt.plan import Layout
 from kvilt.registry import build
 from kvilt.rows.rows import select
+from kvilt.strategies.auto import Auto
 from kvilt.strategies.epic import Epic
 from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
 from kvilt.strategies.prompt_cache import PromptCache, read_schema
@@ -213,6 +214,7 @@ def test_link_tokens_come_from_the_checkpoint_then_the_layout_then_what_is_reser
 def test_published_checkpoints_are_known_by_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Danger: the authors' trained link tokens are called untrained, or a stock Llama's trained."""
     assert KVLink(links=5).bind(info(vocab_size=128256, directory=name)).tokens == LinkTokens.published(5)
+    assert Auto().bind(info(vocab_size=128256, directory=name)).method == KVLink(5, tokens=LinkTokens.published(5))
     assert not caplog.text
     KVLink(links=5).bind(info(vocab_size=128256, directory="meta-llama/Llama-3.2-1B-Instruct"))
     assert "untrained" in caplog.text

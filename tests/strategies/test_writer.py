@@ -73,13 +73,30 @@ def test_a_reader_acts_on_the_question_and_every_answer_token(tmp_path: Path) ->
 def test_a_writer_is_part_of_the_key_and_a_reader_is_not(tmp_path: Path) -> None:
     """Danger: rows of another adapter are served; a new query adapter throws every stored document away."""
     paths = [file_of(tmp_path / str(seed), lora(seed=seed)) for seed in (1, 2)]
-    wrapper = wrapper_file(tmp_path)
+    (tmp_path / "around").mkdir()
+    wrapper = wrapper_file(tmp_path / "around")
     specs = ["block", *(SPEC.format(p) for p in paths), f"writer:adapter='{paths[0]}',wrapper='{wrapper}'"]
     keys = [engine_of(spec).encoder.items(DOCUMENTS)[0].key for spec in specs]
     assert len({key.digest for key in keys}) == 4
     assert "adapted" in keys[1].encoding
     readers = [engine_of(f"query_lora:adapter='{p}'").encoder.items(DOCUMENTS)[0].key for p in paths]
     assert {key.digest for key in readers} == {keys[0].digest}
+
+
+def test_vectors_beside_a_writer_belong_to_it(tmp_path: Path) -> None:
+    """Danger: a writer that was trained with vectors around its documents is served without them, and worse."""
+    path, wrapper = file_of(tmp_path / "adapter.safetensors", lora()), wrapper_file(tmp_path)
+    found, named = (engine_of(f"{SPEC.format(path)}{more}").encoder.encoding for more in ("", f",wrapper='{wrapper}'"))
+    assert found.digest == named.digest
+    assert len(found.before) == len(found.after) == 8
+
+
+@pytest.mark.parametrize(("role", "spec"), [("query", "writer"), ("writer", "query_lora"), ("model", "query_lora")])
+def test_an_adapter_in_another_role_is_refused(role: str, spec: str, tmp_path: Path) -> None:
+    """Danger: what was trained to write documents asks the questions, and nobody says so."""
+    path = file_of(tmp_path / "a", lora(), role=role)
+    with pytest.raises(WrapperError, match=f"was trained as {role} adapter"):
+        engine_of(f"{spec}:adapter='{path}'")
 
 
 def test_a_copied_model_is_changed_once(tmp_path: Path) -> None:

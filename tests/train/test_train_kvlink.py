@@ -113,6 +113,26 @@ def test_lora_trains_additions_and_token_rows_and_is_merged(model_dir, tmp_path)
     assert last["loss"] < first["loss"]
 
 
+def test_what_was_learned_is_saved_beside_the_model(model_dir, tmp_path):
+    """Danger: link tokens become words of the vocabulary, weights are copied, or what is saved is not what was trained."""
+    settings = {"lora": 2, "lr": 1e-2, "steps": 4, "slots": 40}  # more link tokens than this tokenizer has reserved
+    whole = train(model_dir, tmp_path / "whole", **settings)
+    beside = train(model_dir, tmp_path / "beside", **settings, save="adapter")
+    assert {f.name for f in beside.iterdir() if f.is_file()} == {
+        "kvlink.json",
+        "links.safetensors",
+        "merged.safetensors",
+    }
+    engines = [Engine.load(str(folder), "kvlink:links=2", "memory") for folder in (whole, beside)]
+    assert engines[0].info.vocab_size > engines[1].info.vocab_size
+    documents = [Document("The oak is green."), Document("The elm is grey.")]
+    one, other = (e.score("Which tree is grey?", documents, [5, 6, 7])[:, :200] for e in engines)
+    plain = Engine.load(str(model_dir), "block", "memory").score("Which tree is grey?", documents, [5, 6, 7])[:, :200]
+    assert float((one - other).norm()) < 0.1 * float((one - plain).norm())
+    with pytest.raises(TrainError, match=r"lie beside it \(links.safetensors\)"):
+        train(beside, tmp_path / "on", **settings)
+
+
 def test_passes_in_bfloat16_train_weights_in_float32(model_dir, tmp_path):
     """Danger: small updates are rounded away, or the checkpoint is half as exact."""
     out = train(model_dir, tmp_path, dtype="bf16", steps=2, lr=1e-5)
@@ -204,6 +224,8 @@ def test_bad_samples_are_refused_before_training(model_dir, tmp_path, change, me
         {"max_tokens": 9999},
         {"max_tokens": -1},
         {"lora": -1},
+        {"save": "adapter"},
+        {"save": "adapter", "lora": 2, "anchors": 2},
         {"anchors": -1},
         {"anchors": 2, "chunk": 0},
         {"held_out": 0.0},

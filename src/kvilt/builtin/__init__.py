@@ -1,4 +1,4 @@
-"""The small model that ships with the package, its made-up documents and the questions about them (made by recipes/world).
+"""The small model that ships with the package, its made-up documents and the questions about them (made by recipes/builtin).
 
 Beside them: adapters for SmolLM2 and a real collection, Wikipedia paragraphs with questions (made by recipes/smollm2)."""
 
@@ -7,34 +7,14 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from kvilt.types import Document
-
-
-class Asked(TypedDict):
-    """One line of questions.jsonl: `documents` in prompt order; a right answer contains `value`."""
-
-    id: str
-    kind: str
-    question: str
-    answer: str
-    value: str
-    documents: list[str]
 
 
 def model_path() -> Path:
     """The folder of the built-in model, to be loaded like any other."""
     return Path(str(files(__name__) / "model"))
-
-
-class AskedOfWikipedia(TypedDict):
-    """One line of wikipedia-questions.jsonl: a right answer contains one of `answers`."""
-
-    id: str
-    question: str
-    answers: list[str]
-    documents: list[str]
 
 
 def documents() -> dict[str, Document]:
@@ -47,14 +27,14 @@ def wikipedia() -> dict[str, Document]:
     return _papers("wikipedia")
 
 
-def questions(kind: str | None = None) -> list[Asked]:
-    """The shipped test questions, all or of one kind."""
-    found: list[Asked] = _lines("questions")
-    return [question for question in found if kind in (None, question["kind"])]
+def questions(kind: str | None = None) -> list[dict[str, Any]]:
+    """The shipped test questions, all or of one kind: id, kind, question, documents in prompt order, answer, and `value`, which
+    a right answer contains."""
+    return [question for question in _lines("questions") if kind in (None, question["kind"])]
 
 
-def wikipedia_questions() -> list[AskedOfWikipedia]:
-    """Four questions about each article, over its six paragraphs."""
+def wikipedia_questions() -> list[dict[str, Any]]:
+    """Four questions about each article, over its six paragraphs: id, question, documents, and answers of which one must occur."""
     return _lines("wikipedia-questions")
 
 

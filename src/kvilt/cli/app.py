@@ -60,14 +60,14 @@ verb(app)(serving.serve)
 @verb(app, "list")
 def list_(options: Loaded, kind: Kind = None, for_model: ForModel = None) -> None:
     """List strategies, stores, compressors and tasks with their options."""
-    options = dataclasses.replace(options, model=for_model)
-    kinds = catalogue.listed(kind, options.load("full") if for_model else None)
+    options = dataclasses.replace(options, model=for_model or (options.model if kind == "strategy" else None))
+    kinds = catalogue.listed(kind, options.load("full") if options.model else None)
     show.out(options.json, catalogue.as_data(kinds), catalogue.lines(kinds))
 
 
 @verb(app)
 def demo(options: Output, model: DemoModel = "builtin", questions: Asked = 20, out: Picture = Path("demo.png")) -> None:
-    """Encode the built-in collection, ask about it with every strategy, and print one table."""
+    """Encode documents that ship with the package, ask about them with every strategy, and print one table."""
     from kvilt.lab import demo as story
 
     talk.silence_libraries(options.verbose, options.quiet)

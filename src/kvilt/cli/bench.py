@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from kvilt import registry
 from kvilt.cli import talk
 from kvilt.cli.options import Loaded, Output, group, verb
 from kvilt.errors import UserError
@@ -46,7 +47,7 @@ def ttft(
 
     if not all(n.strip().isdigit() and int(n) for n in documents.split(",")):
         raise UserError(f"--documents {documents}: write numbers with commas, as 2,4,8.")
-    chosen = strategy or (["block"] if options.model else STRATEGIES)
+    chosen = strategy or ([registry.DEFAULT] if options.model else STRATEGIES)
     counts = [int(n) for n in documents.split(",")]
     result = bench.run(_subject(options, shape, docs), counts, chosen, repeats, talk.say, keep, compress, memory)
     _finish("ttft", result, out, "" if options.json else bench.table(result))

@@ -58,17 +58,20 @@ def _fits(name: str, engine: Engine) -> str:
     """Whether a model can take a strategy, and what it lacks if it cannot, or was not trained for."""
     with talk.heard() as warnings:
         try:
-            engine.with_strategy(name)
+            chosen = getattr(engine.with_strategy(name).strategy, "method", None)
         except UserError as error:
             return f"no: {error}"
-    return f"yes, with a {'; '.join(warnings)}" if warnings else f"yes{_kept(name, engine)}"
+    default, _, options = registry.DEFAULT.partition(":")
+    told = [f"chooses {chosen}"] if chosen else [f"the default with {options}"] if name == default else []
+    said = [f"with a {'; '.join(warnings)}"] if warnings else [*told, *_kept(name, engine)]
+    return ", ".join(["yes", *said])
 
 
-def _kept(name: str, engine: Engine) -> str:
-    """What a strategy kept of full recompute's right answers, where a model that ships says so."""
+def _kept(name: str, engine: Engine) -> list[str]:
+    """What a strategy kept of full recompute's right answers (benchmarks/real.md), where a model that ships says so."""
     told = Path(engine.model.directory or "") / "kept.json"
     kept = json.loads(told.read_text("utf-8")).get(name) if engine.model.directory and told.is_file() else None
-    return f", kept {kept} of full's right answers" if kept else ""
+    return [f"kept {kept} of full's right answers to SQuAD"] if kept else []
 
 
 def as_data(kinds: dict[str, list[Name]]) -> dict[str, list[dict[str, object]]]:

@@ -64,7 +64,7 @@ def run(
     made = cast("Task", registry.build("task", task))
     system = made.system if options.system is None else options.system
     engine = dataclasses.replace(options, system=system).load("full", store)
-    chosen = strategy or ["naive", "block", "epic:tokens=16"]
+    chosen = strategy or ["naive", registry.DEFAULT, "epic:tokens=16"]
     with talk.meter(made.label) as meter:
         paths = runner.run(engine, chosen, made, out, limit, seed, meter, shuffle=shuffle, compressions=compress or [])
     show.out(options.json, {"records": [str(path) for path in paths]}, made_report(out).splitlines())

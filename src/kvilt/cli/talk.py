@@ -91,13 +91,13 @@ class Meter:
         self._first: float | None = None
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """Hear that so much of the work is done. The first word comes within a second."""
+        """Hear that so much of the work is done. The first word comes at once."""
         now, first = time.monotonic(), self._first is None
         self._first = done if self._first is None else self._first
         speed = (done - self._first) / max(now - self._began, 1e-9)
         more = f", {span((total - done) / speed)} left" if speed and done < total else ""
         self.line = f"{self.label}: {note or f'{done:,.0f}/{total:,.0f}'}{more}"
-        pause = DRAW_SECONDS if self.draws else 1.0 if first else LINE_SECONDS
+        pause = DRAW_SECONDS if self.draws else 0.0 if first else LINE_SECONDS
         if now - self._spoke < pause:
             return
         self._spoke = now

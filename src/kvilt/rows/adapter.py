@@ -55,8 +55,10 @@ def load(path: str | Path) -> Adapter:
     return Adapter(digest_of(*parts), pairs, metadata.get("model", ""), metadata)
 
 
-def check(adapter: Adapter, path: str | Path, info: ModelInfo) -> Adapter:
-    """Raise WrapperError unless an adapter was trained for this model."""
+def check(adapter: Adapter, path: str | Path, info: ModelInfo, role: str) -> Adapter:
+    """Raise WrapperError unless an adapter was trained for this model, and to act where `role` ("writer", "query") does."""
+    if (trained := adapter.metadata.get("role", role)) != role:
+        raise WrapperError(f"{path} was trained as {trained} adapter: it cannot serve as {role} adapter.")
     if adapter.model and adapter.model != info.digest:
         weights = f"{adapter.model[:16]}, this model's are {info.digest[:16]}"
         raise WrapperError(f"{path} was trained for weights {weights}: use its own model.")

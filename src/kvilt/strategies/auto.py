@@ -25,7 +25,7 @@ class Auto(Strategy):
     def bind(self, info: ModelInfo) -> Self:
         """Choose, and make the chosen strategy ready."""
         written = beside("", info, "writer.safetensors")
-        method = (Writer() if written else self._chosen(LinkTokens.described(info))).bind(info)
+        method = (Writer() if written else self._chosen(LinkTokens.trained(info))).bind(info)
         return replace(self, encoding=method.encoding, method=method)
 
     def _chosen(self, trained: LinkTokens | None) -> Strategy:

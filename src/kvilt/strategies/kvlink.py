@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -62,21 +63,19 @@ class LinkTokens:
 
     @classmethod
     def of(cls, info: ModelInfo, links: int) -> LinkTokens:
-        """Link tokens of a model that has no description: the published Llama layout, or reserved tokens.
-
-        They are trained where the model's name is one that the authors published (Llama1B-KVLink5)."""
-        known = PUBLISHED.search(info.directory or "")
-        if known and info.vocab_size == LLAMA3_VOCABULARY:
-            return cls.published(int(known[1]))
+        """Untrained link tokens of any model: the published Llama layout, or reserved tokens."""
         if links:
             logger.warning("kvlink: no %s beside this model: its link tokens are untrained", DESCRIPTION)
         return cls.published(links) if info.vocab_size == LLAMA3_VOCABULARY else cls.reserve(info.reserved, links)
 
     @classmethod
-    def described(cls, info: ModelInfo) -> LinkTokens | None:
-        """What the description beside the model's weights says, if there is one."""
+    def trained(cls, info: ModelInfo) -> LinkTokens | None:
+        """What the description beside the model's weights says, or the layout of one that the authors published, if any."""
         path = Path(info.directory or "") / DESCRIPTION
-        return cls.from_json(path.read_text()) if info.directory and path.is_file() else None
+        if info.directory and path.is_file():
+            return cls.from_json(path.read_text())
+        known = PUBLISHED.search(info.directory or "") if info.vocab_size == LLAMA3_VOCABULARY else None
+        return cls.published(int(known[1])) if known else None
 
     @classmethod
     def published(cls, links: int) -> LinkTokens:
@@ -102,6 +101,11 @@ class LinkTokens:
         """The ids of all these tokens."""
         return {*self.start, *self.end, *self.anchors, *(i for row in self.ids for i in row)}
 
+    def renamed(self, names: Mapping[int, int], vectors: str) -> LinkTokens:
+        """The same link tokens under other ids, their rows in a file of their own."""
+        *ids, start, end = (tuple(names[i] for i in row) for row in (*self.ids, self.start, self.end))
+        return replace(self, ids=tuple(ids), start=start, end=end, vectors=vectors)
+
     def free(self, reserved: tuple[int, ...]) -> tuple[int, ...]:
         """The reserved tokens that are none of these."""
         return tuple(i for i in reserved if i not in self.every)
@@ -123,7 +127,7 @@ class KVLink(Strategy):
 
     def bind(self, info: ModelInfo) -> Self:
         """Find the checkpoint's link tokens."""
-        tokens = LinkTokens.described(info) or self._undescribed(info)
+        tokens = LinkTokens.trained(info) or self._undescribed(info)
         known = len(tokens.ids[0]) if tokens.ids else 0
         if self.links > known:
             raise SpecError(f"kvlink:links={self.links}: this checkpoint has {known} link tokens per document.")

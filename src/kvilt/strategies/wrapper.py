@@ -98,7 +98,7 @@ class Wrapper:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types for foreign files
-            raise WrapperError(f"{path} is not a readable wrapper: {error}.") from error
+            raise WrapperError(f"{path} is not a readable wrapper: {str(error).partition('.')[0]}.") from error
         vectors = {k: v for k in ("header", "trailer") if isinstance(v := _entry(state, k), Tensor)}
         # shipped as (1, vectors, hidden)
         flat = {k: v.float().flatten(0, -2) for k, v in vectors.items() if v.dim() in (2, 3)}
@@ -120,12 +120,8 @@ def _origin(state: object) -> dict[str, str]:
     config, fields = _entry(state, "train_config"), ("model_name", "model", "model_path", "base_model")
     names = [config[field] for field in fields if isinstance(config, dict) and field in config]
     given = [_entry(state, name) for name in ("mean", "std")]
-    mean, std = (torch.as_tensor(v, dtype=torch.float64) if _is_number(v) else None for v in given)
-    if mean is None or std is None:
+    if not all(isinstance(v, int | float) or (isinstance(v, Tensor) and v.numel() > 0) for v in given):
         return {}
+    mean, std = (torch.as_tensor(v, dtype=torch.float64) for v in given)
     spread = float((std.square().mean() + mean.var(correction=0)).sqrt())  # given for each channel, or for all
     return {"mean": repr(float(mean.mean())), "std": repr(spread), "trained_on": str(names[0]) if names else ""}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() > 0)

@@ -13,12 +13,15 @@ from kvilt.strategies.base import Probe, Strategy, beside
 from kvilt.strategies.wrapper import Wrapper
 from kvilt.types import Adapter, Encoding, ModelInfo, Prompt
 
+WRAPPERS = "wrapper.safetensors", "writer-wrapper.safetensors"  # beside an adapter: of a training, of a shipped model
+
 
 @dataclass(frozen=True)
 class Writer(Strategy):
     """Documents are encoded with an adapter and read without it: nothing is recomputed, and any engine can read them.
 
-    `wrapper` puts learned vectors around each document as KV Packet does. Both default to files beside the model's weights."""
+    `wrapper` puts learned vectors around each document as KV Packet does; it defaults to a file beside the adapter, and the
+    adapter to one beside the model's weights."""
 
     adapter: str = ""
     wrapper: str = ""
@@ -28,8 +31,8 @@ class Writer(Strategy):
         at = beside(self.adapter, info, "writer.safetensors")
         if not at:
             raise SpecError("writer needs an adapter that documents are encoded with: writer:adapter=FILE (LoRA).")
-        around = self.wrapper or ("" if self.adapter else beside("", info, "writer-wrapper.safetensors"))
-        return replace(self, encoding=_encoding(at, around, info))
+        around = [file for name in WRAPPERS if (file := Path(at).with_name(name)).is_file()]
+        return replace(self, encoding=_encoding(at, self.wrapper or str(*around[:1]), info))
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Everything is reused, the question is computed."""
@@ -52,7 +55,7 @@ class QueryLoRA(Strategy):
         at = beside(self.adapter, info, "query.safetensors")
         if not at:
             raise SpecError("query_lora needs an adapter for questions: query_lora:adapter=FILE (LoRA).")
-        reader = files.check(files.load(at), at, info)
+        reader = files.check(files.load(at), at, info, "query")
         return replace(self, reader=reader, encoding=_encoding(self.writer, self.wrapper, info))
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
@@ -63,4 +66,4 @@ class QueryLoRA(Strategy):
 
 def _encoding(adapter: str | Path, wrapper: str, info: ModelInfo) -> Encoding:
     frame = Wrapper.load(wrapper).check(info).encoding() if wrapper else Encoding()
-    return replace(frame, adapter=files.check(files.load(adapter), adapter, info)) if adapter else frame
+    return replace(frame, adapter=files.check(files.load(adapter), adapter, info, "writer")) if adapter else frame

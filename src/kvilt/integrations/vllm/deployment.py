@@ -30,7 +30,7 @@ class Settings:
     """`kv_connector_extra_config`: what `kvilt vllm` hands to vLLM's processes."""
 
     store: str = "disk"
-    strategy: str = "block"
+    strategy: str = registry.DEFAULT
     compress: str = ""
     namespace: str = "shared"
     system: str = ""  # of requests that bring none; the text that `kvilt encode --system` was given

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from kvilt.errors import MissingExtra, UserError
 from kvilt.integrations.vllm.deployment import Deployment, Settings
@@ -28,6 +29,10 @@ def command(model: str, settings: Settings, rest: Sequence[str] = ()) -> tuple[l
     if settings.store.partition(":")[0] == "memory":
         raise UserError("--store memory: vLLM's processes and kvilt encode share documents through a disk.")
     source = loading.folder(model)
+    if (Path(source) / loading.MERGED).is_file():
+        raise UserError(
+            f"{model} is an adapter over another model, which vLLM has to be given with its weights merged."
+        )
     deployment = Deployment(source, AutoTokenizer.from_pretrained(source), settings)
     transfer = {
         "kv_connector": "KviltConnector",

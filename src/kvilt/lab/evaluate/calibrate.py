@@ -52,7 +52,7 @@ def calibrate(
     if not prompts:
         raise PromptError("nothing to calibrate on: no questions.")
     full = engine.with_strategy("full")
-    targets = [_target(full, *p, tokens) for p in prompts]
+    targets = [Target(*p, a := full.answer(*p, max_new_tokens=tokens).tokens, full.score(*p, a)) for p in prompts]
     fitted, held_out, tried = targets[::2], targets[1::2] or targets, itertools.count(1)
 
     @functools.cache
@@ -80,11 +80,6 @@ def descend(cost: Callable[[float, float], float], first: Sequence[float], secon
         if closest == best:
             return best
         best = closest
-
-
-def _target(full: Engine, question: str, documents: list[Document], tokens: int) -> Target:
-    answer = full.answer(question, documents, max_new_tokens=tokens).tokens
-    return Target(question, documents, answer, full.score(question, documents, answer))
 
 
 def _distance(engine: Engine, targets: Sequence[Target], temperature: float, scale: float) -> float:

@@ -139,17 +139,12 @@ def retention(mine: Rows, theirs: Rows) -> float | None:
 
 def _split_table(rows: Sequence[Rows], by: str) -> str:
     told = {str(r["metadata"][by]): r["metadata"][by] for row in rows for r in row.records if by in r["metadata"]}
-    values = sorted(told.values(), key=_sortable)
+    values = sorted(told.values(), key=lambda v: (isinstance(v, str), 0 if isinstance(v, str) else v, str(v)))
     cells = []
     for row in rows:
         parts = [row.where(by, value) for value in values]
         cells.append([row.header["name"], *(_scored(part.score()) if part.records else "" for part in parts)])
     return markdown([f"{rows[0].headline} by {by}", *map(str, values)], cells)
-
-
-def _sortable(value: object) -> tuple[bool, float, str]:
-    number = isinstance(value, int | float)
-    return not number, float(value) if isinstance(value, int | float) else 0.0, str(value)
 
 
 def _making(rows: Sequence[Rows]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from kvilt.engine.text import TextFormat
 from kvilt.errors import TrainError
@@ -19,11 +20,13 @@ from kvilt.lab.train.loop import Example, Loop, Report, Run, Settings
 from kvilt.lab.train.packet import TRAINING
 from kvilt.lab.train.tokens import link_tokens, start_links
 from kvilt.lab.train.trained import LowRank, Trained, Weights
-from kvilt.model.loading import SHORT, choose_dtype, load_model
+from kvilt.model.loading import MERGED, SHORT, choose_dtype, load_model
 from kvilt.model.model import Model
+from kvilt.rows import adapter
 from kvilt.strategies.anchors import Anchors
 from kvilt.strategies.kvlink import DESCRIPTION, KVLink, LinkTokens
 
+LINKS = "links.safetensors"  # rows of the link tokens, beside an adapter
 LONGEST = 4096  # tokens of a sample where max_tokens does not say
 
 
@@ -38,6 +41,7 @@ class KVLinkConfig(Settings):
     anchors: int = 0  # anchor tokens after every chunk, whose rows alone are kept of a document; 0: none, all rows
     chunk: int = 100  # tokens of a chunk
     lora: int = 0  # rank of LoRA; 0 trains all weights
+    save: str = "checkpoint"  # or "adapter": LoRA and link tokens beside the model, which is left as it is
     max_tokens: int = 0  # longest sample; 0: 4,096, or what the context holds if that is less
     answer_tokens: int = 1024  # longest answer learned; plain text is cut at max_tokens
     fewest: int = 0  # documents of a draw at least, where the data names gold ones; 0: always all
@@ -59,6 +63,9 @@ class KVLinkConfig(Settings):
             **super().wrong(),
             "links, slots": self.links < 0 or self.slots < 1,
             "anchors, chunk": self.anchors < 0 or self.chunk < 1,
+            "save": self.save not in ("checkpoint", "adapter"),
+            "save=adapter without lora, or with anchors": self.save == "adapter"
+            and (not self.lora or self.anchors > 0),
             "lora, fewest, max_tokens": min(self.lora, self.fewest, self.max_tokens) < 0,
             "answer_tokens": self.answer_tokens < 1,
             "dtype": SHORT.get(self.dtype, self.dtype) not in ("auto", "float32", "bfloat16"),
@@ -126,7 +133,7 @@ def train_kvlink(
     trained = LowRank(loaded, c.lora, ids, half=half, seed=c.seed) if c.lora else Weights(loaded, half)
     Loop(Run(c, trained, every, 1 << 30, examples, examples.size, out / TRAINING, on_progress)).train()
     if os.environ.get("RANK", "0") == "0":
-        _write(trained, tokenizer, tokens, out)
+        _write(trained, tokenizer, tokens, out, model if c.save == "adapter" else "")
     return out
 
 
@@ -149,8 +156,14 @@ def _examples(
     return Examples(sources, strategy, formats, c, longest)
 
 
-def _write(trained: Trained, tokenizer: Any, tokens: LinkTokens, out: Path) -> None:
-    """The checkpoint of the best step, as every model folder."""
+def _write(trained: Trained, tokenizer: Any, tokens: LinkTokens, out: Path, base: str) -> None:
+    """The checkpoint of the best step, as every model folder; or what was learned beside its `base`, by name."""
+    if isinstance(trained, LowRank) and base:
+        base = str(Path(base).resolve()) if Path(base).exists() else base
+        adapter.save(replace(trained.adapter(), model=""), out / MERGED, base=base)
+        save_file({"vectors": trained.parameters["rows"].detach().cpu().half()}, str(out / LINKS))
+        (out / DESCRIPTION).write_text(tokens.renamed({i: -1 - n for n, i in enumerate(trained.ids)}, LINKS).to_json())
+        return
     if isinstance(trained, LowRank):
         trained.merge()
     trained.model.hf.save_pretrained(str(out))

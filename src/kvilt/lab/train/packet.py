@@ -101,7 +101,7 @@ def train_packet(
     if vectors:
         made.save(Path(out) / WRAPPER)
     if isinstance(run.trained, LowRank):
-        adapters.save(run.trained.adapter(), Path(out) / ADAPTER, **making)
+        adapters.save(run.trained.adapter(), Path(out) / ADAPTER, **making, role=c.adapter)
         run.trained.release()
     return made
 

@@ -28,6 +28,8 @@ def link_tokens(
     described = Path(str(getattr(hf, "name_or_path", "") or "")) / DESCRIPTION
     if described.is_file():
         tokens = _enough(LinkTokens.from_json(described.read_text()), links, slots)
+        if tokens.vectors:
+            raise TrainError(f"its link tokens lie beside it ({tokens.vectors}): start from the model that it changes.")
     elif hf.get_input_embeddings().weight.shape[0] == LLAMA3_VOCABULARY and links:
         tokens = _enough(LinkTokens.published(links), links, slots)
     else:
