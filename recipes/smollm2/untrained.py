@@ -1,6 +1,6 @@
 """Which strategy needs no training: what the gold answers cost under each, and how far it is from full recompute, on a CPU.
 
-Run: python recipes/smollm2/untrained.py DATA TRAINED OUT.json [QUESTIONS]. Of each question the gold answer is read under every
+Run: python recipes/smollm2/untrained.py DATA TRAINED OUT.json [QUESTIONS] (500 of each set unless given). Of each question the gold answer is read under every
 strategy, by the instruct model and by the taught one: its negative log-likelihood in nats, and the mean divergence of the
 next-token distributions from full recompute's. A cheaper and sharper measure than answers, of which most stay the same."""
 
@@ -25,6 +25,7 @@ import train
 from rows import IGNORE, Method
 
 SETS = ("squad5", "shifts5")
+BOS = 1
 
 
 def strategies(system: tuple[int, ...]) -> dict[str, Method]:
@@ -35,7 +36,10 @@ def strategies(system: tuple[int, ...]) -> dict[str, Method]:
         "naive": Method(),
         "epic:tokens=16,sink=system": Method(fresh=16, before=system),
         "epic:tokens=16": Method(fresh=16),
-        "block:sink=4": Method(before=(1,) * 4),
+        "epic:tokens=16,sink=4": Method(fresh=16, before=(BOS,) * 4),
+        "block:sink=1": Method(before=(BOS,)),
+        "block:sink=4": Method(before=(BOS,) * 4),
+        "block:sink=16": Method(before=(BOS,) * 16),
     }
 
 
@@ -57,6 +61,7 @@ def measured(
 ) -> dict[str, Any]:
     """Per question: nats of the gold answer, and the mean divergence over its tokens."""
     lengths = [len(answer) for context in contexts for answer in context.answers]
+    groups = [number for number, context in enumerate(contexts) for _ in context.answers]
     made: dict[str, Any] = {}
     full: list[tuple[Tensor, Tensor]] = []
     for name, method in methods.items():
@@ -69,6 +74,7 @@ def measured(
         ]
         nll = [float(part.sum()) for part in nats.split(lengths)]
         made[name] = {"nll": nll, "kl": [float(part.mean()) for part in torch.cat(apart).split(lengths)]}
+        made[name]["context"] = groups
         print(
             f"{name}: {sum(nll) / len(nll):.3f} nats a question, {len(nll)} questions, {time.time() - began:.0f} s",
             flush=True,
@@ -79,7 +85,7 @@ def measured(
 def main() -> None:
     """Both models on both sets."""
     folder, trained, out = map(Path, sys.argv[1:4])
-    limit = int(sys.argv[4]) if len(sys.argv) > 4 else 60
+    limit = int(sys.argv[4]) if len(sys.argv) > 4 else 500
     settings = train.Settings(rows=1, device="cpu", flex=False, compiled=False)
     arrays = data.load(folder / "data-test.npz.xz") | data.load(folder / "data-train.npz.xz")
     base = lean.Base.of(weights.load(folder, "cpu"), lean.Shape(), settings.dtype)
@@ -87,10 +93,9 @@ def main() -> None:
     taught = lean.merged(base, train.load(trained, "teach", "cpu").adapter)
     system = tuple(int(i) for i in arrays["system/1"])
     found: dict[str, Any] = {}
-    for name in SETS:
-        contexts = evaluation.contexts(run, name, limit)
-        for model, used in (("instruct", base), ("taught", taught)):
-            made = measured(run, used, contexts, strategies(system))
+    for model, used in (("instruct", base), ("taught", taught)):
+        for name in SETS:
+            made = measured(run, used, evaluation.contexts(run, name, limit), strategies(system))
             found |= {f"{name}/{model}/{strategy}": values for strategy, values in made.items()}
             out.write_text(json.dumps(found))
 
