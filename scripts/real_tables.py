@@ -77,6 +77,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, marks, *lines))
 
 
+def code(name: str) -> str:
+    """A specification as one types it; what is none is written as text."""
+    return name if " " in name else f"`{name}`"
+
+
 def span(values: list[float], sign: str = "") -> str:
     """A value with its interval."""
     return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*values, s=sign)
@@ -91,7 +96,7 @@ def per_set(made: dict[str, Any], key: str, sign: str = "") -> str:
             found.setdefault(cell["strategy"], {})[cell["set"]] = (
                 span(value, sign) if isinstance(value, list) else f"{value:.1f}"
             )
-    return table(["strategy", *SETS.values()], [[f"`{name}`", *(row[s] for s in SETS)] for name, row in found.items()])
+    return table(["strategy", *SETS.values()], [[code(name), *(row[s] for s in SETS)] for name, row in found.items()])
 
 
 def short(made: dict[str, Any]) -> str:
@@ -104,7 +109,7 @@ def short(made: dict[str, Any]) -> str:
         first = cells[name, SHOWN[0]]
         kept = "" if name == "full" else f"{first['kept']:.0f} %"
         spent = [f"{first['charged']:.3f}", f"{1000 * times[name]:.0f} ms" if name in times else ""]
-        lines.append([f"`{name}`", *(f"{c['right'][0]:.1f}" if c else "" for c in row), kept, *spent])
+        lines.append([code(name), *(f"{c['right'][0]:.1f}" if c else "" for c in row), kept, *spent])
     return table(["strategy", *(ENGINE[one] for one in SHOWN), "kept", "charged", "TTFT"], lines)
 
 
@@ -112,7 +117,7 @@ def duels(made: dict[str, Any]) -> str:
     """Two methods on the same questions."""
     return table(
         ["first", "second", "questions", "first - second, points"],
-        [[f"`{d['first']}`", f"`{d['second']}`", str(d["n"]), span(d["difference"], "+")] for d in made["duels"]],
+        [[code(d["first"]), code(d["second"]), str(d["n"]), span(d["difference"], "+")] for d in made["duels"]],
     )
 
 
@@ -145,7 +150,7 @@ def asked(made: dict[str, Any], names: tuple[str, ...], show: Callable[[dict[str
     for strategy in ORDER:
         row = [c if (c := cells.get((strategy, name))) and whole(c, cells) else None for name in names]
         if any(row):
-            lines.append([f"`{strategy}`", *(show(c) if c else "" for c in row)])
+            lines.append([code(strategy), *(show(c) if c else "" for c in row)])
     return table(head, lines)
 
 
@@ -175,7 +180,7 @@ def costs(made: dict[str, Any]) -> str:
         c = cells[name]
         close = [f"{100 * c['agree']:.0f}", f"{c['kl']:.3f}"] if "kl" in c and name != "full" else ["", ""]
         spent = [f"{c['charged']:.3f}", f"{c['computed']:.0f}", f"{c['bytes'] / 1e6:.1f}"]
-        lines.append([f"`{name}`", *close, *spent, f"{1000 * times[name]:.0f}" if name in times else ""])
+        lines.append([code(name), *close, *spent, f"{1000 * times[name]:.0f}" if name in times else ""])
     return table(head, lines)
 
 
@@ -184,7 +189,7 @@ def beside(made: dict[str, Any]) -> str:
     lines = []
     for d in made["engine"]["pairs"]:
         names = "; ".join(ENGINE[name] for name in d["sets"] if name in ENGINE)
-        lines.append([f"`{d['first']}`", f"`{d['second']}`", str(d["n"]), span(d["difference"], "+"), names])
+        lines.append([code(d["first"]), code(d["second"]), str(d["n"]), span(d["difference"], "+"), names])
     return table(["first", "second", "questions", "first - second, points", "sets"], lines)
 
 

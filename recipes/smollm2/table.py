@@ -22,10 +22,10 @@ from kvilt.lab.evaluate.bootstrap import difference, interval
 OUT = Path(__file__).parents[2] / "benchmarks" / "real.json"
 NAMES = {  # labels of a run: strategies
     "full": "full",
-    "writer_packet_query": "query_lora + writer + wrapper",
-    "writer_more": "writer + wrapper, longer",
-    "writer_packet": "writer + wrapper",
-    "writer": "writer",
+    "writer_more": "writer",
+    "writer_packet": "writer trained for 50 s",
+    "writer_packet_query": "writer trained for 50 s, with query_lora",
+    "writer": "writer without vectors",
     "linked": "linked_packet",
     "packet": "kv_packet",
     "kvlink5": "kvlink:links=5",

@@ -1,6 +1,6 @@
 """Teach SmolLM2-135M to answer over several documents, and train every reuse method on it: one GPU, some minutes.
 
-Run: python recipes/smollm2/train.py DATA OUT [--deadline SECONDS]; DATA holds what data.py and weights.py wrote. Every
+Run: python recipes/smollm2/train.py DATA OUT [--deadline SECONDS] [--stages ...]; DATA holds what data.py and weights.py wrote. Every
 stage has its own time box and writes its file as soon as it is done; run again, finished stages are not repeated."""
 
 from __future__ import annotations
@@ -468,7 +468,10 @@ def main() -> None:
     for stage in todo:
         if run.taught is None and is_done(run.out, "teach"):
             run.taught = lean.merged(run.base, load(run.out, "teach", run.settings.device).adapter)
-        if is_done(run.out, stage.name) or (run.left < 40 and not args.smoke):
+        if is_done(run.out, stage.name):
+            continue
+        if run.left < 40 and not args.smoke:
+            run.say(f"no time for {stage.name}: run again, or with a longer --deadline")
             continue
         try:
             stage = replace(stage, seconds=args.seconds or stage.seconds)

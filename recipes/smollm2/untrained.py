@@ -1,8 +1,9 @@
 """Which strategy needs no training: what the gold answers cost under each, and how far it is from full recompute, on a CPU.
 
-Run: python recipes/smollm2/untrained.py DATA TRAINED OUT.json [QUESTIONS] (500 of each set unless given). Of each question the gold answer is read under every
-strategy, by the instruct model and by the taught one: its negative log-likelihood in nats, and the mean divergence of the
-next-token distributions from full recompute's. A cheaper and sharper measure than answers, of which most stay the same."""
+Run: python recipes/smollm2/untrained.py DATA TRAINED OUT.json [QUESTIONS] (500 of each set unless given). Of each question
+the gold answer is read under every strategy, by the instruct model and by the taught one: its negative log-likelihood in nats,
+and the mean divergence of the next-token distributions from full recompute's. A cheaper and sharper measure than answers, of
+which most stay the same."""
 
 from __future__ import annotations
 
