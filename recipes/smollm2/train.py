@@ -1,7 +1,7 @@
 """Teach SmolLM2-135M to answer over several documents, and train every reuse method on it: one GPU, some minutes.
 
-Run: python recipes/smollm2/train.py DATA OUT [--deadline SECONDS] [--stages ...]; DATA holds what data.py and weights.py wrote. Every
-stage has its own time box and writes its file as soon as it is done; run again, finished stages are not repeated."""
+Run: python recipes/smollm2/train.py DATA OUT [--deadline SECONDS] [--stages ...]; DATA holds what data.py and weights.py
+wrote. Every stage has its own time box and writes its file as soon as it is done; run again, finished stages are not repeated."""
 
 from __future__ import annotations
 

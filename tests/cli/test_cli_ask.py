@@ -81,6 +81,15 @@ def test_what_auto_has_chosen_is_said(model_dir: Path, docs: list[Path], store: 
     assert f"({note})" in run(*common).stderr
 
 
+def test_a_model_that_was_trained_for_a_method_says_so(docs: list[Path], store: str) -> None:
+    """Danger: the default, which needs no training, is used where something better lies beside the weights, unsaid."""
+    asked = ("ask", "Q?", "--docs", docs[0], "--store", store)
+    assert "kvlink" in (said := run(*asked, "--model", "builtin-kvlink5").stderr)
+    assert "--strategy auto" in said
+    for more in (("--model", "builtin"), ("--model", "builtin-kvlink5", "--strategy", "auto")):
+        assert "trained for" not in run(*asked, *more).stderr
+
+
 def test_text_on_stdout_talk_on_stderr(model_dir: Path, docs: list[Path], store: str) -> None:
     """Danger: a pipe gets progress lines, or a streamed answer is another than a plain one."""
     common = ("ask", QUESTION, "--docs", *docs, "--model", model_dir, "--store", store, "--max-new-tokens", 6)

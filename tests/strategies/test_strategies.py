@@ -220,6 +220,12 @@ def test_published_checkpoints_are_known_by_name(name: str, caplog: pytest.LogCa
     assert "untrained" in caplog.text
 
 
+def test_a_strategy_for_fine_tuned_weights_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Danger: markers that a model never learned are put around every document without a word."""
+    build("strategy", "turborag").bind(info())  # type: ignore[attr-defined]
+    assert "fine-tuned with these markers" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"ids": [[1], [2, 3]], "start": [], "end": []}', '{"ids": [["x"]]}'])
 def test_a_broken_description_is_named(tmp_path: Path, text: str) -> None:
     """Danger: a KeyError from a file nobody knew about."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -138,7 +139,12 @@ class Run(Loaded, Stored):
             if not without_store:
                 raise
             talk.warn(f"{error} Answering without it.")
-        return self.load(strategy, store, **more)
+        engine = self.load(strategy, store, **more)
+        with contextlib.suppress(UserError):  # of files that nobody asked for
+            trained = str(registry.build("strategy", "auto").bind(engine.info).method)
+            if self.strategy == registry.DEFAULT != trained:
+                talk.say(f"this model was trained for {trained}: --strategy auto uses that.")
+        return engine
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,6 +12,8 @@ from kvilt.strategies.base import Probe, Strategy, begin
 from kvilt.types import Encoding, ModelInfo, Prompt
 
 POSITIONS = ("reordered", "composite")
+
+logger = logging.getLogger("kvilt")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class TurboRAG(Strategy):
                 raise SpecError(f"option {name} wants a token id below {info.vocab_size}, not {marker}.")
         assert start is not None
         assert end is not None
+        logger.warning("turborag: only a model that was fine-tuned with these markers knows what they mean")
         return replace(self, start=start, end=end, encoding=Encoding((start,), (end,), keep=True))
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
