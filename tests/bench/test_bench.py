@@ -68,7 +68,7 @@ def test_ttft_of_a_model_by_name(model_dir: Path, tmp_path: Path) -> None:
     table = run(*common, "--documents", 1).stdout
     tokens = result["points"][0]["context"]
     assert 500 <= tokens < 1000 < result["points"][1]["context"]
-    assert f"| {tokens} | block |" in table
+    assert f"| {tokens} | block:sink=system |" in table
     assert (tmp_path / "out" / "ttft.png").is_file()
     assert "the context holds" in error(*common, "--documents", 40)
     assert "write numbers with commas" in error(*common, "--documents", "2;4")

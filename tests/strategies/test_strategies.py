@@ -222,7 +222,7 @@ def test_published_checkpoints_are_known_by_name(name: str, caplog: pytest.LogCa
 
 def test_a_strategy_for_fine_tuned_weights_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Danger: markers that a model never learned are put around every document without a word."""
-    build("strategy", "turborag").bind(info())  # type: ignore[attr-defined]
+    build("strategy", "turborag:start=3,end=4").bind(info())  # type: ignore[attr-defined]
     assert "fine-tuned with these markers" in caplog.text
 
 
