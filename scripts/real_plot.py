@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from real_tables import ENGINE, ROOT
+from real_tables import ENGINE, FEWEST, ROOT
 
 from kvilt.lab.pages import figure
 
@@ -48,7 +48,7 @@ def over_compute(axes: Any, cells: list[dict[str, Any]]) -> None:
 
 def kept(axes: Any, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Of what full recompute answers right, what each strategy answers right, set by set."""
-    names = [name for name in ENGINE if ("full", name) in cells]
+    names = [name for name in ENGINE if cells.get(("full", name), {"n": 0})["n"] >= FEWEST]
     for strategy, mark in KEPT.items():
         there = [
             (place, cells[strategy, name]["kept"]) for place, name in enumerate(names) if (strategy, name) in cells

@@ -68,7 +68,8 @@ SHORT = (
     "block:sink=system",
     "naive",
 )
-SHOWN = "squad5", "pieces", "hotpotqa", "babi1"
+FEWEST = 20  # questions of a set that is shown
+SHOWN = "squad5", "squad10", "pieces", "squadshifts", "hotpotqa", "babi1"
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -144,7 +145,7 @@ def training(made: dict[str, Any]) -> str:
 def asked(made: dict[str, Any], names: tuple[str, ...], show: Callable[[dict[str, Any]], str]) -> str:
     """What the engine answered: a row a strategy, a column a set with its number of questions."""
     cells = {(c["strategy"], c["set"]): c for c in made["engine"]["cells"]}
-    names = tuple(name for name in names if ("full", name) in cells)
+    names = tuple(name for name in names if cells.get(("full", name), {"n": 0})["n"] >= FEWEST)
     head = ["strategy", *(f"{ENGINE[name]} ({cells['full', name]['n']})" for name in names)]
     lines = []
     for strategy in ORDER:
@@ -188,8 +189,9 @@ def beside(made: dict[str, Any]) -> str:
     """Pairs of strategies on the same questions, as the engine ran them."""
     lines = []
     for d in made["engine"]["pairs"]:
-        names = "; ".join(ENGINE[name] for name in d["sets"] if name in ENGINE)
-        lines.append([code(d["first"]), code(d["second"]), str(d["n"]), span(d["difference"], "+"), names])
+        names = [ENGINE[name] for name in d["sets"] if name in ENGINE]
+        names = names if len(names) < 6 else [f"all {len(names)}" if len(names) == len(ENGINE) else f"{len(names)} of them"]
+        lines.append([code(d["first"]), code(d["second"]), str(d["n"]), span(d["difference"], "+"), "; ".join(names)])
     return table(["first", "second", "questions", "first - second, points", "sets"], lines)
 
 
