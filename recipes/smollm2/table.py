@@ -112,7 +112,8 @@ def untrained(measured: dict[str, Any]) -> list[dict[str, Any]]:
         name, model, strategy = key.split("/", 2)
         full = measured[f"{name}/{model}/full"]["nll"]
         nats, best = ([(x, 1.0) for x in values] for values in (found["nll"], full))
-        gap = [round(v, 2) for v in difference(nats, best, [str(n) for n in found["context"]])]
+        groups = [str(n) for n in found["context"]] if "context" in found else None
+        gap = [round(v, 2) for v in difference(nats, best, groups)]
         kl = round(float(np.mean(found["kl"])), 3)
         lines.append({"set": name, "model": model, "strategy": strategy, "n": len(full), "nats": gap, "kl": kl})
     return lines
