@@ -1,6 +1,6 @@
 """KVLink's own models, with 0, 1 and 5 link tokens, on the sets of real.py.
 
-    python recipes/smollm2/links.py TRAINED QUESTIONS OUT [--sets squad5 ...] [--links 0 1 5] [--babi FOLDER]
+    python recipes/smollm2/links.py TRAINED QUESTIONS OUT [--sets squad5 ...] [--links 0 1 5] [--babi FOLDER] [--limit N]
 
 TRAINED is train.py's OUT, QUESTIONS and OUT what real.py was given: beside its records lie `kvlink:links=N.json`, a line a
 question. Goes on where it was stopped. Then: methods.py."""
@@ -37,7 +37,7 @@ def answered(engine: Engine, task: Task, limit: int | None, file: Path) -> None:
             answer = engine.answer(sample.question, documents, max_new_tokens=task.max_new_tokens)
             points = metrics.score(task.metrics, task.extract(answer.text), sample.answers)
             usage = {"charged": answer.usage.charged, "computed_tokens": answer.usage.computed_tokens}
-            usage["bytes_loaded"] = answer.usage.bytes_loaded
+            usage |= {"bytes_loaded": answer.usage.bytes_loaded, "ttft_s": answer.usage.ttft_s}
             out.write(json.dumps({"id": sample.id, "group": sample.group, "metrics": points, "usage": usage}) + "\n")
             out.flush()
 
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=["squad5"])
     parser.add_argument("--links", nargs="*", type=int, default=[0, 1, 5])
     parser.add_argument("--babi", type=Path)
+    parser.add_argument("--limit", type=int)
     given = parser.parse_args()
     known = sets(given.questions, given.babi)
     for links in given.links:
@@ -60,7 +61,7 @@ def main() -> None:
         engine = Engine.load(str(model), f"kvlink:links={links}", "memory:budget=1GB", system=SYSTEM)
         for name in given.sets:
             task = build("task", known[name].task)
-            answered(engine, task, known[name].limit, given.out / name / f"kvlink:links={links}.json")
+            answered(engine, task, given.limit or known[name].limit, given.out / name / f"kvlink:links={links}.json")
             print(links, name, flush=True)
 
 
