@@ -190,7 +190,9 @@ def beside(made: dict[str, Any]) -> str:
     lines = []
     for d in made["engine"]["pairs"]:
         names = [ENGINE[name] for name in d["sets"] if name in ENGINE]
-        names = names if len(names) < 6 else [f"all {len(names)}" if len(names) == len(ENGINE) else f"{len(names)} of them"]
+        names = (
+            names if len(names) < 6 else [f"all {len(names)}" if len(names) == len(ENGINE) else f"{len(names)} of them"]
+        )
         lines.append([code(d["first"]), code(d["second"]), str(d["n"]), span(d["difference"], "+"), "; ".join(names)])
     return table(["first", "second", "questions", "first - second, points", "sets"], lines)
 
