@@ -140,10 +140,11 @@ class Run(Loaded, Stored):
                 raise
             talk.warn(f"{error} Answering without it.")
         engine = self.load(strategy, store, **more)
-        with contextlib.suppress(UserError):  # of files that nobody asked for
-            trained = str(registry.build("strategy", "auto").bind(engine.info).method)
-            if self.strategy == registry.DEFAULT != trained:
-                talk.say(f"this model was trained for {trained}: --strategy auto uses that.")
+        if self.strategy == registry.DEFAULT:
+            with contextlib.suppress(UserError):  # of files that nobody asked for
+                trained = str(registry.build("strategy", "auto").bind(engine.info).method)
+                if trained != registry.DEFAULT:
+                    talk.say(f"this model was trained for {trained}: --strategy auto uses that.")
         return engine
 
 

@@ -32,7 +32,7 @@ class Writer(Strategy):
         if not at:
             raise SpecError("writer needs an adapter that documents are encoded with: writer:adapter=FILE (LoRA).")
         around = [file for name in WRAPPERS if (file := Path(at).with_name(name)).is_file()]
-        return replace(self, encoding=_encoding(at, self.wrapper or str(*around[:1]), info))
+        return replace(self, encoding=_encoding(at, self.wrapper or next(map(str, around), ""), info))
 
     def plan(self, prompt: Prompt, probe: Probe) -> Plan:
         """Everything is reused, the question is computed."""
